@@ -1,0 +1,93 @@
+"""The embedder port: what turns texts into vectors, and what identifies the vector space.
+
+Every adapter (a provider's API, a local model) keeps these rules: row i of the result belongs to `texts[i]`; one call of
+`embed` is one request, never retried inside; failures are raised as the errors of `embedmill.errors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["document", "query"]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderSpec:
+    """What decides the vector of a text. Two embedders with one fingerprint write into one vector space.
+
+    model: `PROVIDER/NAME`; dimensions: length of a vector; revision: of the weights, or of the provider's model;
+    max_input_tokens: where longer passages are cut; options: what else changes vectors (task, late chunking).
+    """
+
+    model: str
+    dimensions: int
+    revision: str = ""
+    max_input_tokens: int = 0
+    options: Mapping[str, str | int | bool | None] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over every field, independent of key order."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+    def as_dict(self) -> dict[str, object]:
+        return {**asdict(self), "options": dict(self.options)}
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What one request may hold.
+
+    max_inputs: passages; max_tokens: estimated tokens, counted as passages times the longest one when `padded`
+    (local models pay for padding) and as their sum otherwise; concurrency: requests in flight that make sense.
+    """
+
+    max_inputs: int
+    max_tokens: int
+    padded: bool
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The answer to one request.
+
+    vectors: (n, dimensions) float32, row i belongs to texts[i]; billed_tokens: what the provider counts (a local model:
+    the tokens it computed); truncated: positions of the texts that were cut to the model's limit.
+    """
+
+    vectors: NDArray[np.float32]
+    billed_tokens: int
+    truncated: tuple[int, ...] = ()
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors."""
+
+    @property
+    def spec(self) -> EmbedderSpec: ...
+
+    @property
+    def limits(self) -> BatchLimits: ...
+
+    def estimate_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens that each text will count, at most the model's limit. Runs in a thread: no loop, no I/O."""
+        ...
+
+    async def embed(self, texts: Sequence[str], *, role: Role = "document") -> Embedding:
+        """Embed within `limits`, in one request.
+
+        Raises: RateLimited, Overloaded, OutcomeUnknown, InputRejected, InvalidKey, NoBalance. Cancelling it abandons the
+        request; what it cost is then unknown.
+        """
+        ...
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,129 @@
+"""Every error that crosses a boundary, grouped by what the handler does with it.
+
+    EmbedmillError
+    ├── ConfigurationError        one clear line, exit 2
+    ├── TransientError            try again, with backoff
+    │   ├── RateLimited           waits; never spends an attempt
+    │   ├── Overloaded            the other side is busy or broken for now
+    │   └── OutcomeUnknown        the request may have been executed and billed
+    ├── InputRejected             this request's content is refused: bisect, then dead letter
+    ├── JobFatalError             pause the job, say why, lose nothing, exit 3
+    │   ├── InvalidKey
+    │   └── NoBalance
+    ├── LeaseLost                 drop the work, do not ack
+    ├── CorruptStore              stop, name the object
+    ├── ObjectExists              somebody else created it first: adopt it
+    └── ObjectChanged             a compare-and-swap lost: read again
+
+Each class has a stable `code`, which is what logs, dead letters and `--json` carry.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EmbedmillError(Exception):
+    """Base of all errors that this project raises on purpose. `exit_status` is what the command ends with."""
+
+    code: ClassVar[str] = "error"
+    exit_status: ClassVar[int] = 3
+
+
+class ConfigurationError(EmbedmillError):
+    """What the user asked for cannot be done as asked. The message says what to do instead."""
+
+    code = "configuration"
+    exit_status = 2
+
+
+class TransientError(EmbedmillError):
+    """Trying again later may work. `retry_after_s` is the other side's own word, when it gave one."""
+
+    code = "transient"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(TransientError):
+    """The provider refused for its rate: nothing was embedded and nothing is billed.
+
+    `limit` names which of its limits: `requests`, `tokens`, `concurrency`, `address` or `unknown`;
+    `allowed` is that limit's value where the answer told it.
+    """
+
+    code = "rate_limited"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: str = "unknown",
+        allowed: int | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+        self.allowed = allowed
+
+
+class Overloaded(TransientError):
+    """A 5xx, a refused connection: the request was not executed."""
+
+    code = "overloaded"
+
+
+class OutcomeUnknown(TransientError):
+    """A timeout or a connection lost after sending: it may have been executed, so its estimate is charged."""
+
+    code = "outcome_unknown"
+
+
+class InputRejected(EmbedmillError):
+    """The provider refuses this request because of its content. Alone in a request, the passage becomes a dead letter."""
+
+    code = "input_rejected"
+
+
+class JobFatalError(EmbedmillError):
+    """Nothing of this job can succeed until a person acts."""
+
+    code = "job_fatal"
+
+
+class InvalidKey(JobFatalError):
+    """The API key is missing, malformed or refused."""
+
+    code = "invalid_key"
+
+
+class NoBalance(JobFatalError):
+    """The account has no balance, or its plan does not allow this."""
+
+    code = "no_balance"
+
+
+class LeaseLost(EmbedmillError):
+    """Somebody else owns this task now."""
+
+    code = "lease_lost"
+
+
+class CorruptStore(EmbedmillError):
+    """An object of the dataset is not what its checksum or its format says. The message names it."""
+
+    code = "corrupt_store"
+
+
+class ObjectExists(EmbedmillError):
+    """An exclusive creation found the object already there."""
+
+    code = "object_exists"
+
+
+class ObjectChanged(EmbedmillError):
+    """A compare-and-swap found other content than expected."""
+
+    code = "object_changed"

@@ -1,0 +1,1 @@
+"""Where documents come from: files, folders, standard input, and the documentation that Python carries."""

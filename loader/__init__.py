@@ -1,0 +1,1 @@
+"""Committed shards into Milvus: ledger, upsert, verification, search."""

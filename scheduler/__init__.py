@@ -1,0 +1,1 @@
+"""What runs when: admission, the queue, budgets, and the rebuilding of the queue from the dataset."""
