@@ -11,6 +11,7 @@
     │   ├── InvalidKey
     │   └── NoBalance
     ├── LeaseLost                 drop the work, do not ack
+    ├── StorageError              stop, say what to free or allow, go on later
     ├── CorruptStore              stop, name the object
     ├── ObjectExists              somebody else created it first: adopt it
     └── ObjectChanged             a compare-and-swap lost: read again
@@ -109,6 +110,12 @@ class LeaseLost(EmbedmillError):
     """Somebody else owns this task now."""
 
     code = "lease_lost"
+
+
+class StorageError(EmbedmillError):
+    """The dataset's storage refuses: full, read-only, not allowed. Nothing is lost; the same command goes on later."""
+
+    code = "storage"
 
 
 class CorruptStore(EmbedmillError):

@@ -1,8 +1,8 @@
 """The one place that speaks to Redis (7.0 and newer), Valkey, or fakeredis.
 
-Scripts run on clients that never re-send by themselves, since redis-py's own retries double commands; every script here is
-idempotent, and the retry around it is ours. Blocking waits have a client of their own: they pin their connection. RESP2 on
-purpose: fakeredis answers RESP3 wrongly inside Lua.
+Scripts run on clients that never re-send by themselves, since redis-py's own retries double commands; every script
+here is idempotent, and the retry around it is ours. Blocking waits have a client of their own: they pin their
+connection. RESP2 on purpose: fakeredis answers RESP3 wrongly inside Lua.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Connection:
         return await self._patiently(self._commands.execute_command, *parts)
 
     async def wait_for_entry(self, stream: str, last_id: str, *, timeout_s: float) -> str:
-        """Block until `stream` has an entry after `last_id`, at most `timeout_s`; the newest id seen. Changes no state, so
-        cancelling it loses nothing."""
+        """Block until `stream` has an entry after `last_id`, at most `timeout_s`; the newest id seen.
+
+        Changes no state, so cancelling it loses nothing.
+        """
         try:
-            reply = await self._blocking.xread(
-                {stream: last_id}, count=100, block=max(1, int(timeout_s * 1000))
-            )
+            reply: Any = await self._blocking.xread({stream: last_id}, count=100, block=max(1, int(timeout_s * 1000)))
         except _UNREACHABLE:
             await anyio.sleep(min(1.0, timeout_s))
             return last_id

@@ -1,0 +1,282 @@
+"""One dataset, opened: its objects read, checked and created. Nothing here waits on a queue or knows a provider.
+
+What counts is decided here and nowhere else: a shard is committed when its marker exists, and it is live when no retirement
+has retired it and, if it was written as a replacement, when a retirement has put it in place.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ..embedder import EmbedderSpec
+from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExists
+from . import layout
+from .index import INDEXED_COLUMNS, DatasetIndex
+from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
+from .passages import Passage, ShardOrigin, decode_passages, encode_passages
+from .shard import crc32c, decode_shard, encode_shard
+from .store import LocalStore, Store, open_store
+from .zarr_metadata import create_metadata, raise_shape
+
+
+def now_iso() -> str:
+    return datetime.now(tz=UTC).isoformat(timespec="milliseconds")
+
+
+class Dataset:
+    """A dataset at a URL. Cheap to hold; every method reads what is stored now."""
+
+    def __init__(self, store: Store, info: DatasetInfo) -> None:
+        self.store = store
+        self.info = info
+        self._markers: dict[int, Marker] = {}
+
+    @classmethod
+    def open(cls, url: str) -> Dataset:
+        """Raises ConfigurationError where there is no dataset, CorruptStore where there is a broken one."""
+        store = open_store(url)
+        data = store.read_or_none(layout.DATASET_KEY)
+        if data is None:
+            raise ConfigurationError(f"{url} is not a dataset: it has no {layout.DATASET_KEY}")
+        return cls(store, DatasetInfo.from_bytes(data, name=f"{store.url}/{layout.DATASET_KEY}"))
+
+    @classmethod
+    def open_or_create(cls, url: str, *, embedder: EmbedderSpec, dtype: str = "float32") -> Dataset:
+        """Open for writing vectors of this embedder, creating the dataset first where there is none.
+
+        Raises ConfigurationError when the dataset holds vectors of another embedder, or the place holds something else.
+        """
+        store = open_store(url)
+        if not store.exists(layout.DATASET_KEY):
+            _refuse_foreign_folder(store)
+            info = DatasetInfo(id=uuid.uuid4().hex, created_at=now_iso(), embedder=embedder, dtype=dtype)
+            _create_once(store, layout.DATASET_KEY, info.to_bytes())
+        dataset = cls.open(url)
+        dataset.require(embedder)
+        group, array = create_metadata(dataset.info)
+        _create_once(store, layout.ZARR_GROUP_KEY, group)
+        _create_once(store, layout.ZARR_ARRAY_KEY, array)
+        return dataset
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def require(self, embedder: EmbedderSpec) -> None:
+        """Raises ConfigurationError when this embedder's vectors do not belong into this dataset."""
+        mine = self.info.embedder
+        if embedder.fingerprint == mine.fingerprint:
+            return
+        differences = [
+            f"{name} {ours!r} here, {theirs!r} asked for"
+            for (name, ours), theirs in zip(mine.as_dict().items(), embedder.as_dict().values(), strict=True)
+            if ours != theirs
+        ]
+        raise ConfigurationError(
+            f"{self.url} holds vectors of another embedder ({'; '.join(differences)}): "
+            "use that one, or write to a new dataset"
+        )
+
+    def open_index(self) -> DatasetIndex:
+        """The index on disk, caught up with the log."""
+        index = DatasetIndex(self._index_folder() / "index.sqlite", dataset_id=self.info.id)
+        self.catch_up(index)
+        return index
+
+    def catch_up(self, index: DatasetIndex) -> None:
+        """Absorb the shards of the log that the index does not have yet."""
+        while True:
+            shard = index.next_shard
+            data = self.store.read_or_none(layout.documents_key(shard))
+            if data is None:
+                return
+            table, origin = decode_passages(data, name=self._name(layout.documents_key(shard)), columns=INDEXED_COLUMNS)
+            index.absorb(shard, table, origin)
+
+    def append_passages(self, shard: int, passages: Sequence[Passage], *, origin: ShardOrigin) -> None:
+        """Admit passages as shard number `shard`. Raises ObjectExists when another admitter took the number."""
+        self.store.create(layout.documents_key(shard), encode_passages(passages, origin=origin))
+
+    def admitted(self) -> list[int]:
+        """Numbers of all shards in the log, in order. Raises CorruptStore for a gap: the log is dense."""
+        shards = layout.numbers(self.store.names(layout.DOCUMENTS_FOLDER), suffix=".parquet")
+        if shards != list(range(len(shards))):
+            missing = next(number for number, shard in enumerate(shards) if number != shard)
+            raise CorruptStore(f"{self._name(layout.documents_key(missing))} is missing, and later ones exist")
+        return shards
+
+    def documents(self, shard: int, *, columns: Sequence[str] | None = None) -> tuple[pa.Table, ShardOrigin]:
+        """The rows admitted as one shard, and their origin."""
+        key = layout.documents_key(shard)
+        return decode_passages(self.store.read(key), name=self._name(key), columns=columns)
+
+    def marker(self, shard: int) -> Marker | None:
+        """What was committed as this shard; None while it is owed. Markers never change, so they are remembered."""
+        if shard not in self._markers:
+            key = layout.commit_key(shard)
+            data = self.store.read_or_none(key)
+            if data is None:
+                return None
+            self._markers[shard] = Marker.from_bytes(data, name=self._name(key))
+        return self._markers[shard]
+
+    def committed(self) -> list[int]:
+        """Numbers of the live committed shards, in order."""
+        markers = layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json")
+        retired, placed = self._retirements()
+        live = [shard for shard in markers if shard not in retired]
+        return [shard for shard in live if shard in placed or not self._require_marker(shard).replaces]
+
+    def owed(self) -> list[int]:
+        """Numbers of the admitted shards without a marker, in order."""
+        markers = set(layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json"))
+        return [shard for shard in self.admitted() if shard not in markers]
+
+    def create_vectors(self, shard: int, vectors: NDArray[np.floating]) -> StoredObject:
+        """Store a shard's vectors, (n, dimensions), NaN where a row has none. Raises ObjectExists."""
+        data = encode_shard(
+            vectors.astype(self.info.dtype, copy=False),
+            shard_rows=self.info.shard_rows,
+            chunk_rows=self.info.chunk_rows,
+        )
+        self.store.create(layout.vectors_key(shard), data)
+        return describe(data)
+
+    def stored_vectors(self, shard: int, *, rows: int) -> tuple[NDArray[np.floating], StoredObject] | None:
+        """A shard's stored vectors (rows, dimensions), every checksum verified, marker or not; None when there are none."""
+        key = layout.vectors_key(shard)
+        data = self.store.read_or_none(key)
+        if data is None:
+            return None
+        values = decode_shard(
+            data,
+            rows=rows,
+            dimensions=self.info.dimensions,
+            dtype=np.dtype(self.info.dtype),
+            shard_rows=self.info.shard_rows,
+            chunk_rows=self.info.chunk_rows,
+            name=self._name(key),
+        )
+        return values, describe(data)
+
+    def vectors(self, shard: int) -> NDArray[np.floating]:
+        """The vectors of a committed shard, (rows, dimensions); NaN where the row is not embedded.
+
+        Raises CorruptStore when the object is not the one that the marker describes.
+        """
+        marker = self._require_marker(shard)
+        key = layout.vectors_key(shard)
+        promised = marker.objects.get(key)
+        if promised is None:
+            return np.full((marker.rows, self.info.dimensions), np.nan, dtype=self.info.dtype)
+        stored = self.stored_vectors(shard, rows=marker.rows)
+        if stored is None:
+            raise CorruptStore(f"{self._name(key)} is missing, and its marker says that it was written")
+        values, found = stored
+        if found != promised:
+            raise CorruptStore(f"{self._name(key)} is not what was committed: {found} instead of {promised}")
+        hidden = marker.statuses != layout.EMBEDDED
+        if hidden.any():
+            values[hidden] = np.nan
+        return values
+
+    def commit(self, marker: Marker) -> Marker:
+        """Create the marker; the one that is stored in the end, ours or an earlier one."""
+        with suppress(ObjectExists):
+            self.store.create(layout.commit_key(marker.shard), marker.to_bytes())
+        return self._require_marker(marker.shard)
+
+    def publish_shape(self) -> int:
+        """Raise the array's shape to the end of the highest committed shard, for readers; the rows it covers."""
+        markers = layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json")
+        if not markers:
+            return 0
+        rows = markers[-1] * self.info.shard_rows + self._require_marker(markers[-1]).rows
+        while True:
+            current = self.store.read(layout.ZARR_ARRAY_KEY)
+            raised = raise_shape(current, rows=rows, name=self._name(layout.ZARR_ARRAY_KEY))
+            if raised is None:
+                return rows
+            try:
+                self.store.swap(layout.ZARR_ARRAY_KEY, raised, expected=current)
+            except ObjectChanged:
+                continue
+
+    def job(self, job: str) -> Job | None:
+        key = layout.job_key(job)
+        data = self.store.read_or_none(key)
+        return None if data is None else Job.from_bytes(data, name=self._name(key))
+
+    def jobs(self) -> list[Job]:
+        names = [name.removesuffix(".json") for name in self.store.names(layout.JOBS_FOLDER)]
+        return [job for job in map(self.job, names) if job is not None]
+
+    def write_job(self, job: Job) -> Job:
+        """Write a job's record over whatever it says now."""
+        key = layout.job_key(job.id)
+        while True:
+            current = self.store.read_or_none(key)
+            data = job.to_bytes()
+            if current == data:
+                return job
+            try:
+                self.store.swap(key, data, expected=current)
+            except ObjectChanged:
+                continue
+            return job
+
+    def _require_marker(self, shard: int) -> Marker:
+        marker = self.marker(shard)
+        if marker is None:
+            raise CorruptStore(f"{self._name(layout.commit_key(shard))} is missing")
+        return marker
+
+    def _retirements(self) -> tuple[set[int], set[int]]:
+        retired: set[int] = set()
+        placed: set[int] = set()
+        for name in self.store.names(layout.RETIREMENTS_FOLDER):
+            key = f"{layout.RETIREMENTS_FOLDER}/{name}"
+            retirement = Retirement.from_bytes(self.store.read(key), name=self._name(key))
+            retired.update(retirement.retired)
+            placed.update(retirement.replacements)
+        return retired, placed
+
+    def _index_folder(self) -> Path:
+        if not isinstance(self.store, LocalStore):
+            raise ConfigurationError(f"{self.url}: no place for the index of a dataset that is not a folder")
+        return self.store.path("index")
+
+    def _name(self, key: str) -> str:
+        return f"{self.url}/{key}"
+
+
+def describe(data: bytes) -> StoredObject:
+    return StoredObject(len(data), f"{crc32c(data):08x}")
+
+
+def _create_once(store: Store, key: str, data: bytes) -> None:
+    if not store.exists(key):
+        try:
+            store.create(key, data)
+        except ObjectExists:
+            return
+
+
+def _refuse_foreign_folder(store: Store) -> None:
+    if isinstance(store, LocalStore) and store.root.exists():
+        if not store.root.is_dir():
+            raise ConfigurationError(f"{store.url} is a file: --to takes a folder, which may be new")
+        foreign = [name for name in store.names("") if not name.startswith(".")]
+        if foreign:
+            raise ConfigurationError(
+                f"{store.url} is a folder with other things in it ({foreign[0]}, ...): "
+                "--to takes a new or empty folder, or a dataset"
+            )

@@ -1,0 +1,184 @@
+"""A small index of the document log on disk: id to versions, hashes and places, and how far each push has been read.
+
+A cache and nothing more: whatever it holds is derived from `documents/`, and a missing, old or broken one is built anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from ..documents import Cursor
+from ..errors import StorageError
+from .passages import ShardOrigin
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS passages (
+  id TEXT NOT NULL, version INTEGER NOT NULL, shard INTEGER NOT NULL, row INTEGER NOT NULL,
+  text_hash BLOB, metadata_hash BLOB, deleted INTEGER NOT NULL, push INTEGER NOT NULL,
+  PRIMARY KEY (id, version)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pushes (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, name TEXT, cursor TEXT);
+CREATE TABLE IF NOT EXISTS shards (shard INTEGER PRIMARY KEY, rows INTEGER NOT NULL, replaces INTEGER NOT NULL);
+"""
+_COLUMNS = ("id", "version", "text_hash", "metadata_hash", "deleted")
+INDEXED_COLUMNS = list(_COLUMNS)
+_LOOKUP_BLOCK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The highest version of an id in the log."""
+
+    version: int
+    shard: int
+    row: int
+    text_hash: bytes
+    metadata_hash: bytes
+    deleted: bool
+    push_key: str
+
+
+class DatasetIndex:
+    """The index of one dataset; one writer or reader per object, several processes may share the file."""
+
+    def __init__(self, path: Path, *, dataset_id: str) -> None:
+        self._path = path
+        self._dataset_id = dataset_id
+        self._connection = self._open()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @property
+    def next_shard(self) -> int:
+        """The first shard number that the index has not absorbed."""
+        row = self._connection.execute("SELECT max(shard) FROM shards").fetchone()
+        return 0 if row[0] is None else int(row[0]) + 1
+
+    def absorb(self, shard: int, table: pa.Table, origin: ShardOrigin) -> bool:
+        """Add a shard of the log; False when somebody already did. Shards are absorbed in their order."""
+        with self._transaction():
+            if self.next_shard != shard:
+                return False
+            pushes = self._remember_pushes(origin, rows=table.num_rows)
+            values = zip(*(table.column(name).to_pylist() for name in _COLUMNS), strict=True)
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO passages (id, version, text_hash, metadata_hash, deleted, shard, row, push)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                ((*value, shard, row, pushes[row]) for row, value in enumerate(values)),
+            )
+            self._connection.execute(
+                "INSERT INTO shards (shard, rows, replaces) VALUES (?, ?, ?)",
+                (shard, table.num_rows, len(origin.replaces)),
+            )
+        return True
+
+    def newest(self, ids: Sequence[str]) -> dict[str, Known]:
+        """The highest version in the log of each id that it has."""
+        found: dict[str, Known] = {}
+        for block in _blocks(ids):
+            marks = ",".join("?" * len(block))
+            rows = self._connection.execute(
+                "SELECT p.id, max(p.version), p.shard, p.row, p.text_hash, p.metadata_hash, p.deleted, k.key"
+                f" FROM passages p LEFT JOIN pushes k ON k.number = p.push WHERE p.id IN ({marks}) GROUP BY p.id",
+                block,
+            )
+            for id_, version, shard, row, text_hash, metadata_hash, deleted, key in rows:
+                found[id_] = Known(version, shard, row, text_hash, metadata_hash, bool(deleted), key or "")
+        return found
+
+    def versions(self, ids: Sequence[str]) -> dict[str, list[tuple[int, int, int]]]:
+        """Every (version, shard, row) of each id, highest version first."""
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        for block in _blocks(ids):
+            marks = ",".join("?" * len(block))
+            rows = self._connection.execute(
+                f"SELECT id, version, shard, row FROM passages WHERE id IN ({marks}) ORDER BY id, version DESC", block
+            )
+            for id_, version, shard, row in rows:
+                found.setdefault(id_, []).append((version, shard, row))
+        return found
+
+    def cursor(self, push_key: str) -> Cursor | None:
+        """How far the log has read a push; None for one that it does not know."""
+        row = self._connection.execute("SELECT cursor FROM pushes WHERE key = ?", (push_key,)).fetchone()
+        return None if row is None or row[0] is None else Cursor(**json.loads(row[0]))
+
+    def newest_rows(self) -> Iterator[tuple[str, int, int, int]]:
+        """(id, version, shard, row) of the highest version of every id, in the order of ids."""
+        yield from self._connection.execute("SELECT id, max(version), shard, row FROM passages GROUP BY id ORDER BY id")
+
+    def count(self) -> tuple[int, int]:
+        """Distinct ids, and rows."""
+        row = self._connection.execute("SELECT count(DISTINCT id), count(*) FROM passages").fetchone()
+        return int(row[0]), int(row[1])
+
+    def _remember_pushes(self, origin: ShardOrigin, *, rows: int) -> list[int]:
+        """Note how far each push was read; the number of the push that each row came from (0: none)."""
+        pushes = [0] * rows
+        for source in origin.sources:
+            self._connection.execute(
+                "INSERT INTO pushes (key, name, cursor) VALUES (?, ?, ?)"
+                " ON CONFLICT (key) DO UPDATE SET cursor = excluded.cursor",
+                (source.push_key, source.name, json.dumps(source.cursor.as_dict())),
+            )
+            row = self._connection.execute("SELECT number FROM pushes WHERE key = ?", (source.push_key,)).fetchone()
+            pushes[source.first_row :] = [int(row[0])] * (rows - source.first_row)
+        return pushes
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return self._connect()
+        except (sqlite3.DatabaseError, _Outdated):
+            shutil.rmtree(self._path.parent, ignore_errors=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return self._connect()
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise StorageError(f"cannot build the index {self._path}: {error}") from error
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.executescript(_SCHEMA)
+        stamp = f"{_SCHEMA_VERSION}:{self._dataset_id}"
+        connection.execute("CREATE TABLE IF NOT EXISTS stamp (value TEXT PRIMARY KEY)")
+        connection.execute("INSERT INTO stamp SELECT ? WHERE NOT EXISTS (SELECT 1 FROM stamp)", (stamp,))
+        if connection.execute("SELECT value FROM stamp").fetchone()[0] != stamp:
+            connection.close()
+            raise _Outdated
+        return connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"cannot write the index {self._path}: {error}") from error
+
+
+class _Outdated(Exception):
+    """The file is of another dataset or of another release."""
+
+
+def _blocks(ids: Sequence[str]) -> Iterable[list[str]]:
+    return (list(ids[start : start + _LOOKUP_BLOCK]) for start in range(0, len(ids), _LOOKUP_BLOCK))

@@ -1,0 +1,318 @@
+"""Names and records of a dataset: where each object lives, and what its JSON says. Pure: no I/O.
+
+Every record carries the format version; a reader refuses a newer one with a sentence instead of guessing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..embedder import EmbedderSpec
+from ..errors import ConfigurationError, CorruptStore
+
+FORMAT = "embedmill-dataset"
+FORMAT_VERSION = 1
+DEFAULT_SHARD_ROWS = 4096
+DEFAULT_CHUNK_ROWS = 256
+
+DATASET_KEY = "dataset.json"
+ZARR_GROUP_KEY = "vectors.zarr/zarr.json"
+ZARR_ARRAY_KEY = "vectors.zarr/vectors/zarr.json"
+DOCUMENTS_FOLDER = "documents"
+COMMITS_FOLDER = "commits"
+RETIREMENTS_FOLDER = "retirements"
+JOBS_FOLDER = "jobs"
+
+Status = Literal["owed", "embedded", "failed", "deleted", "cancelled"]
+STATUSES: tuple[Status, ...] = ("owed", "embedded", "failed", "deleted", "cancelled")
+OWED, EMBEDDED, FAILED, DELETED, CANCELLED = range(len(STATUSES))
+
+
+def documents_key(shard: int) -> str:
+    return f"{DOCUMENTS_FOLDER}/{shard:08d}.parquet"
+
+
+def vectors_key(shard: int) -> str:
+    return f"vectors.zarr/vectors/c/{shard}/0"
+
+
+def commit_key(shard: int) -> str:
+    return f"{COMMITS_FOLDER}/{shard:08d}.json"
+
+
+def checkpoints_folder(shard: int) -> str:
+    return f"checkpoints/{shard:08d}"
+
+
+def job_key(job: str) -> str:
+    return f"{JOBS_FOLDER}/{job}.json"
+
+
+def spend_key(worker: str) -> str:
+    return f"spend/{worker}.log"
+
+
+def numbers(names: Sequence[str], *, suffix: str) -> list[int]:
+    """Shard numbers of object names like `00000042.json`; other names are not ours and are passed over."""
+    stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    return [int(stem) for stem in stems if stem.isdigit()]
+
+
+def to_json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def from_json(data: bytes, *, name: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise CorruptStore(f"{name} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CorruptStore(f"{name} is not a JSON object")
+    return record
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """`dataset.json`: what the whole dataset has in common, fixed when it is created."""
+
+    id: str
+    created_at: str
+    embedder: EmbedderSpec
+    dtype: str = "float32"
+    shard_rows: int = DEFAULT_SHARD_ROWS
+    chunk_rows: int = DEFAULT_CHUNK_ROWS
+
+    @property
+    def dimensions(self) -> int:
+        return self.embedder.dimensions
+
+    def to_bytes(self) -> bytes:
+        return to_json(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "id": self.id,
+                "created_at": self.created_at,
+                "embedder": self.embedder.as_dict(),
+                "fingerprint": self.embedder.fingerprint,
+                "dimensions": self.dimensions,
+                "dtype": self.dtype,
+                "shard_rows": self.shard_rows,
+                "chunk_rows": self.chunk_rows,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str) -> DatasetInfo:
+        record = from_json(data, name=name)
+        if record.get("format") != FORMAT:
+            raise ConfigurationError(f"{name} does not describe an embedmill dataset")
+        check_version(record, name=name)
+        try:
+            embedder = EmbedderSpec(**record["embedder"])
+            info = cls(
+                id=record["id"],
+                created_at=record["created_at"],
+                embedder=embedder,
+                dtype=record["dtype"],
+                shard_rows=record["shard_rows"],
+                chunk_rows=record["chunk_rows"],
+            )
+        except (KeyError, TypeError) as error:
+            raise CorruptStore(f"{name} is incomplete: {error}") from error
+        if embedder.fingerprint != record.get("fingerprint"):
+            raise CorruptStore(f"{name} was edited: its fingerprint is not that of its embedder")
+        return info
+
+
+def check_version(record: Mapping[str, Any], *, name: str) -> None:
+    version = record.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CorruptStore(f"{name} has no format version")
+    if version > FORMAT_VERSION:
+        raise ConfigurationError(
+            f"{name} has format version {version}, and this embedmill reads up to {FORMAT_VERSION}: upgrade embedmill"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one row has no vector: the dead letter's content."""
+
+    row: int
+    id: str
+    version: int
+    code: str
+    cause: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"row": self.row, "id": self.id, "version": self.version, "code": self.code, "cause": self.cause}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Size and crc32c (8 hex digits) of a stored object."""
+
+    bytes: int
+    crc32c: str
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """`commits/K.json`, written last: from then on the shard is done, and this is what is true of it.
+
+    statuses: (rows,) uint8, positions in STATUSES. billed_tokens: what all attempts together were billed, as far as known.
+    """
+
+    shard: int
+    statuses: NDArray[np.uint8]
+    fingerprint: str
+    attempt: str
+    worker: str
+    committed_at: str
+    billed_tokens: int = 0
+    requests: int = 0
+    failures: tuple[Failure, ...] = ()
+    truncated: tuple[int, ...] = ()
+    replaces: tuple[int, ...] = ()
+    objects: Mapping[str, StoredObject] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return len(self.statuses)
+
+    def count(self, status: int) -> int:
+        return int(np.count_nonzero(self.statuses == status))
+
+    def to_bytes(self) -> bytes:
+        return to_json(
+            {
+                "format_version": FORMAT_VERSION,
+                "shard": self.shard,
+                "rows": self.rows,
+                "statuses": [[STATUSES[code], length] for code, length in run_lengths(self.statuses)],
+                "failures": [failure.as_dict() for failure in self.failures],
+                "truncated": list(self.truncated),
+                "replaces": list(self.replaces),
+                "billed_tokens": self.billed_tokens,
+                "requests": self.requests,
+                "fingerprint": self.fingerprint,
+                "attempt": self.attempt,
+                "worker": self.worker,
+                "committed_at": self.committed_at,
+                "objects": {key: {"bytes": o.bytes, "crc32c": o.crc32c} for key, o in self.objects.items()},
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str) -> Marker:
+        record = from_json(data, name=name)
+        check_version(record, name=name)
+        try:
+            marker = cls(
+                shard=record["shard"],
+                statuses=_expand(record["statuses"]),
+                fingerprint=record["fingerprint"],
+                attempt=record["attempt"],
+                worker=record["worker"],
+                committed_at=record["committed_at"],
+                billed_tokens=record["billed_tokens"],
+                requests=record["requests"],
+                failures=tuple(Failure(**failure) for failure in record["failures"]),
+                truncated=tuple(record["truncated"]),
+                replaces=tuple(record["replaces"]),
+                objects={key: StoredObject(**value) for key, value in record["objects"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptStore(f"{name} is incomplete: {error}") from error
+        if marker.rows != record["rows"]:
+            raise CorruptStore(f"{name} says {record['rows']} rows and gives the status of {marker.rows}")
+        return marker
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`jobs/JOB.json`: what was asked for, and whether it goes on. Changed by compare-and-swap only."""
+
+    id: str
+    lane: str = "bulk"
+    state: Literal["running", "paused", "cancelled"] = "running"
+    reason: str = ""
+    sources: tuple[str, ...] = ()
+    caps: Mapping[str, int] = field(default_factory=dict)
+    created_at: str = ""
+
+    def to_bytes(self) -> bytes:
+        return to_json(
+            {
+                "format_version": FORMAT_VERSION,
+                "id": self.id,
+                "lane": self.lane,
+                "state": self.state,
+                "reason": self.reason,
+                "sources": list(self.sources),
+                "caps": dict(self.caps),
+                "created_at": self.created_at,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str) -> Job:
+        record = from_json(data, name=name)
+        check_version(record, name=name)
+        record.pop("format_version")
+        try:
+            return replace(cls(**record), sources=tuple(record["sources"]))
+        except (KeyError, TypeError) as error:
+            raise CorruptStore(f"{name} is incomplete: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Retirement:
+    """`retirements/N.json`: old shards and what replaces them, switched by the creation of this object."""
+
+    retired: tuple[int, ...]
+    replacements: tuple[int, ...]
+    reason: str
+    created_at: str
+
+    def to_bytes(self) -> bytes:
+        return to_json(
+            {
+                "format_version": FORMAT_VERSION,
+                "retired": list(self.retired),
+                "replacements": list(self.replacements),
+                "reason": self.reason,
+                "created_at": self.created_at,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str) -> Retirement:
+        record = from_json(data, name=name)
+        check_version(record, name=name)
+        try:
+            return cls(tuple(record["retired"]), tuple(record["replacements"]), record["reason"], record["created_at"])
+        except (KeyError, TypeError) as error:
+            raise CorruptStore(f"{name} is incomplete: {error}") from error
+
+
+def run_lengths(codes: NDArray[np.uint8]) -> list[tuple[int, int]]:
+    """(value, length) of each run."""
+    if not len(codes):
+        return []
+    starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
+    lengths = np.diff(np.r_[starts, len(codes)])
+    return [(int(codes[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]
+
+
+def _expand(runs: Sequence[tuple[Status, int]]) -> NDArray[np.uint8]:
+    codes = [STATUSES.index(status) for status, _ in runs]
+    return np.repeat(np.array(codes, dtype=np.uint8), [length for _, length in runs])

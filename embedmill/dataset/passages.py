@@ -1,0 +1,135 @@
+"""The document log: what was admitted as one shard, as one Parquet object.
+
+Row r of `documents/K.parquet` is the passage whose vector is row K * shard_rows + r. The file's own metadata (key
+`embedmill`) names its sources, with the place to go on reading from, and the rows whose vectors are carried over.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..documents import Cursor
+from ..errors import CorruptStore
+from .layout import FORMAT_VERSION, check_version
+
+SCHEMA_FIELDS: list[pa.Field[Any]] = [
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("text", pa.string()),
+    pa.field("metadata", pa.string()),
+    pa.field("version", pa.int64(), nullable=False),
+    pa.field("deleted", pa.bool_(), nullable=False),
+    pa.field("group", pa.string()),
+    pa.field("text_hash", pa.binary(16)),
+    pa.field("metadata_hash", pa.binary(16)),
+    pa.field("job", pa.string(), nullable=False),
+]
+SCHEMA = pa.schema(SCHEMA_FIELDS)
+_METADATA_KEY = b"embedmill"
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A row of the document log."""
+
+    id: str
+    text: str
+    metadata: str
+    version: int
+    text_hash: bytes
+    metadata_hash: bytes
+    deleted: bool = False
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePosition:
+    """How far a push had been read when a shard was closed; its rows begin at `first_row` and end where the next begin."""
+
+    push_key: str
+    name: str
+    cursor: Cursor
+    first_row: int
+
+    def as_dict(self) -> dict[str, Any]:
+        cursor = self.cursor.as_dict()
+        return {"kind": "push", "key": self.push_key, "name": self.name, "first_row": self.first_row, "cursor": cursor}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOrigin:
+    """The document file's own metadata.
+
+    carried: row -> (shard, row) whose text was the same, so that its vector can be taken over; replaces: the shards that
+    this one was written to replace (it does not count before a retirement says so).
+    """
+
+    shard: int
+    job: str
+    sources: tuple[SourcePosition, ...] = ()
+    carried: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    replaces: tuple[int, ...] = ()
+
+
+def encode_passages(passages: Sequence[Passage], *, origin: ShardOrigin) -> bytes:
+    """The Parquet object of one shard. Equal input gives equal bytes."""
+    columns: dict[str, list[Any]] = {
+        "id": [p.id for p in passages],
+        "text": [p.text for p in passages],
+        "metadata": [p.metadata for p in passages],
+        "version": [p.version for p in passages],
+        "deleted": [p.deleted for p in passages],
+        "group": [p.group for p in passages],
+        "text_hash": [p.text_hash for p in passages],
+        "metadata_hash": [p.metadata_hash for p in passages],
+        "job": [origin.job] * len(passages),
+    }
+    table = pa.Table.from_pydict(columns, schema=SCHEMA.with_metadata({_METADATA_KEY: _origin_to_json(origin)}))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", compression_level=3)
+    return buffer.getvalue()
+
+
+def decode_passages(data: bytes, *, name: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, ShardOrigin]:
+    """The rows, or some columns of them, and their origin. Raises CorruptStore, naming the object."""
+    try:
+        table = pq.read_table(io.BytesIO(data), columns=list(columns) if columns else None)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptStore(f"{name} is not readable Parquet: {error}") from error
+    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if raw is None:
+        raise CorruptStore(f"{name} has no embedmill metadata")
+    return table, _origin_from_json(raw, name=name)
+
+
+def _origin_to_json(origin: ShardOrigin) -> bytes:
+    record = {
+        "format_version": FORMAT_VERSION,
+        "shard": origin.shard,
+        "job": origin.job,
+        "sources": [source.as_dict() for source in origin.sources],
+        "carried": [[row, *place] for row, place in sorted(origin.carried.items())],
+        "replaces": list(origin.replaces),
+    }
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def _origin_from_json(raw: bytes, *, name: str) -> ShardOrigin:
+    try:
+        record = json.loads(raw)
+        check_version(record, name=name)
+        sources = tuple(
+            SourcePosition(source["key"], source["name"], Cursor(**source["cursor"]), source["first_row"])
+            for source in record["sources"]
+            if source["kind"] == "push"
+        )
+        carried = {row: (shard, old_row) for row, shard, old_row in record["carried"]}
+        return ShardOrigin(record["shard"], record["job"], sources, carried, tuple(record["replaces"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptStore(f"the embedmill metadata of {name} is damaged: {error}") from error

@@ -1,0 +1,53 @@
+"""The Zarr metadata of the vector array, made by zarr-python, and the one change that it ever sees: a higher shape."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import zarr
+import zarr.codecs
+import zarr.core.sync
+import zarr.storage
+from zarr.core.buffer import default_buffer_prototype
+
+from ..errors import CorruptStore
+from .layout import DatasetInfo
+
+
+def create_metadata(info: DatasetInfo) -> tuple[bytes, bytes]:
+    """`zarr.json` of the group and of the array `vectors`, with zero rows."""
+    store = zarr.storage.MemoryStore()
+    group = zarr.open_group(store, mode="w", zarr_format=3)
+    embedding: dict[str, Any] = {**info.embedder.as_dict(), "fingerprint": info.embedder.fingerprint}
+    group.attrs["embedding"] = embedding
+    group.create_array(
+        "vectors",
+        shape=(0, info.dimensions),
+        shards=(info.shard_rows, info.dimensions),
+        chunks=(info.chunk_rows, info.dimensions),
+        dtype=info.dtype,
+        compressors=zarr.codecs.Crc32cCodec(),
+        fill_value=float("nan"),
+        dimension_names=["row", "dim"],
+    )
+    return _read(store, "zarr.json"), _read(store, "vectors/zarr.json")
+
+
+def raise_shape(metadata: bytes, *, rows: int, name: str) -> bytes | None:
+    """The array's metadata with at least `rows` rows; None when it has them already. Never lowers."""
+    try:
+        record: dict[str, Any] = json.loads(metadata)
+        if record["shape"][0] >= rows:
+            return None
+        record["shape"][0] = rows
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise CorruptStore(f"{name} is not the metadata of the vector array: {error}") from error
+    return json.dumps(record, indent=2).encode()
+
+
+def _read(store: zarr.storage.MemoryStore, key: str) -> bytes:
+    buffer = zarr.core.sync.sync(store.get(key, default_buffer_prototype()))
+    if buffer is None:
+        raise RuntimeError(f"zarr wrote no {key}")
+    return bytes(buffer.to_bytes())

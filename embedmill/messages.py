@@ -1,0 +1,85 @@
+"""What travels through Redis: references, never texts. JSON with a version, so that other languages can speak it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .errors import ConfigurationError
+
+WIRE_VERSION = 1
+Lane = Literal["live", "bulk"]
+LANES: tuple[Lane, ...] = ("live", "bulk")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Embed one admitted shard. `dataset` is where the worker opens it; `text_bytes` is for fairness and estimates."""
+
+    dataset: str
+    dataset_id: str
+    shard: int
+    job: str
+    rows: int
+    text_bytes: int
+    lane: Lane = "bulk"
+
+    @property
+    def id(self) -> str:
+        """One task per shard, whoever enqueues it."""
+        return f"{self.dataset_id}:{self.shard}"
+
+    def to_json(self) -> str:
+        return json.dumps({"v": WIRE_VERSION, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, data: str) -> Task:
+        return cls(**_body(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A shard was committed: a hint for loaders; the marker in the dataset is the rule."""
+
+    dataset: str
+    dataset_id: str
+    shard: int
+
+    def to_json(self) -> str:
+        return json.dumps({"v": WIRE_VERSION, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, data: str) -> Announcement:
+        return cls(**_body(data))
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A passage that cannot be embedded, and why. Its text stays in the dataset, at (shard, row)."""
+
+    dataset: str
+    job: str
+    id: str
+    version: int
+    shard: int
+    row: int
+    code: str
+    cause: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.dataset}#{self.shard}/{self.row}"
+
+    def to_json(self) -> str:
+        return json.dumps({"v": WIRE_VERSION, **asdict(self)}, ensure_ascii=False)
+
+
+def _body(data: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(data)
+    version = record.pop("v", None)
+    if version != WIRE_VERSION:
+        raise ConfigurationError(
+            f"a message of version {version} is in the queue, and this embedmill speaks {WIRE_VERSION}: use one release"
+        )
+    return record
