@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 MAX_ID_BYTES = 512
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,8 +61,8 @@ class Reject:
 
 
 def canonical_json(value: Mapping[str, object]) -> str:
-    """Compact JSON with sorted keys, non-ASCII kept. Raises ValueError for what JSON cannot hold (NaN, bytes, dates)."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Compact JSON with sorted keys, non-ASCII kept. Raises ValueError for NaN, TypeError for bytes, dates and the like."""
+    return _CANONICAL.encode(value)
 
 
 def hash16(text: str) -> bytes:

@@ -49,7 +49,7 @@ class Connection:
         """The URL without its password."""
         return without_password(self.url)
 
-    async def script(self, name: str, keys: Sequence[str], args: Sequence[str | int | float] = ()) -> Any:
+    async def script(self, name: str, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
         """Run `scheduler/scripts/NAME.lua`. Raises Overloaded when the server stays away longer than `retry_for_s`."""
         if name not in self._scripts:
             text = resources.files("scheduler").joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")

@@ -64,7 +64,7 @@ class Queue:
 
     async def lease(self, owner: str, *, count: int = 1) -> list[Lease]:
         """Take up to `count` tasks; expired leases of dead workers come first."""
-        arguments: list[str | int | float] = [owner, int(self.lease_s * 1000), count]
+        arguments = [owner, int(self.lease_s * 1000), count]
         reply = await self._connection.script("lease", [self._prefix], arguments)
         return [
             Lease(Task.from_json(payload), str(epoch), int(deliveries), int(attempts))
@@ -87,12 +87,12 @@ class Queue:
 
     async def release(self, lease: Lease) -> bool:
         """Hand back at once, as if it had never been taken. False when the lease is lost."""
-        arguments: list[str | int | float] = [lease.task.id, lease.epoch, 0, 0]
+        arguments = [lease.task.id, lease.epoch, 0, 0]
         return bool(await self._connection.script("give_back", [self._prefix], arguments))
 
     async def retry(self, lease: Lease, *, delay_s: float) -> bool:
         """Hand back for later, counting an attempt. False when the lease is lost."""
-        arguments: list[str | int | float] = [lease.task.id, lease.epoch, max(1, int(delay_s * 1000)), 1]
+        arguments = [lease.task.id, lease.epoch, max(1, int(delay_s * 1000)), 1]
         return bool(await self._connection.script("give_back", [self._prefix], arguments))
 
     async def depth(self) -> Depth:

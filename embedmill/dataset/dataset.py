@@ -21,7 +21,7 @@ from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExis
 from . import layout
 from .index import INDEXED_COLUMNS, DatasetIndex
 from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
-from .passages import Passage, ShardOrigin, decode_passages, encode_passages
+from .passages import Passage, ShardOrigin, decode_passages, encode_passages, passages_table
 from .shard import crc32c, decode_shard, encode_shard
 from .store import LocalStore, Store, open_store
 from .zarr_metadata import create_metadata, raise_shape
@@ -101,9 +101,14 @@ class Dataset:
             table, origin = decode_passages(data, name=self._name(layout.documents_key(shard)), columns=INDEXED_COLUMNS)
             index.absorb(shard, table, origin)
 
-    def append_passages(self, shard: int, passages: Sequence[Passage], *, origin: ShardOrigin) -> None:
-        """Admit passages as shard number `shard`. Raises ObjectExists when another admitter took the number."""
-        self.store.create(layout.documents_key(shard), encode_passages(passages, origin=origin))
+    def append_passages(self, shard: int, passages: Sequence[Passage], *, origin: ShardOrigin) -> pa.Table:
+        """Admit passages as shard number `shard`, and the table that was stored.
+
+        Raises ObjectExists when another admitter took the number.
+        """
+        table = passages_table(passages, origin=origin)
+        self.store.create(layout.documents_key(shard), encode_passages(table))
+        return table
 
     def admitted(self) -> list[int]:
         """Numbers of all shards in the log, in order. Raises CorruptStore for a gap: the log is dense."""
@@ -193,6 +198,10 @@ class Dataset:
         with suppress(ObjectExists):
             self.store.create(layout.commit_key(marker.shard), marker.to_bytes())
         return self._require_marker(marker.shard)
+
+    def describe_object(self, key: str) -> StoredObject:
+        """Size and checksum of an object as it is stored now."""
+        return describe(self.store.read(key))
 
     def publish_shape(self) -> int:
         """Raise the array's shape to the end of the highest committed shard, for readers; the rows it covers."""

@@ -77,8 +77,8 @@ class ShardOrigin:
     replaces: tuple[int, ...] = ()
 
 
-def encode_passages(passages: Sequence[Passage], *, origin: ShardOrigin) -> bytes:
-    """The Parquet object of one shard. Equal input gives equal bytes."""
+def passages_table(passages: Sequence[Passage], *, origin: ShardOrigin) -> pa.Table:
+    """The rows of one shard, with their origin in the table's metadata."""
     columns: dict[str, list[Any]] = {
         "id": [p.id for p in passages],
         "text": [p.text for p in passages],
@@ -90,7 +90,11 @@ def encode_passages(passages: Sequence[Passage], *, origin: ShardOrigin) -> byte
         "metadata_hash": [p.metadata_hash for p in passages],
         "job": [origin.job] * len(passages),
     }
-    table = pa.Table.from_pydict(columns, schema=SCHEMA.with_metadata({_METADATA_KEY: _origin_to_json(origin)}))
+    return pa.Table.from_pydict(columns, schema=SCHEMA.with_metadata({_METADATA_KEY: _origin_to_json(origin)}))
+
+
+def encode_passages(table: pa.Table) -> bytes:
+    """The Parquet object of one shard. Equal input gives equal bytes."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", compression_level=3)
     return buffer.getvalue()

@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -53,6 +53,10 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Idempotent."""
+        ...
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove an empty folder, where folders exist; one that is not empty stays."""
         ...
 
 
@@ -135,6 +139,10 @@ class LocalStore:
             self.path(key).unlink(missing_ok=True)
         except OSError as error:
             _refuse("delete", self.path(key), error)
+
+    def delete_folder(self, folder: str) -> None:
+        with suppress(OSError):
+            self.path(folder).rmdir()
 
     def sweep(self, *, older_than_s: float) -> int:
         """Remove what killed writers left half-written; how many there were."""

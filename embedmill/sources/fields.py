@@ -56,9 +56,13 @@ class FieldRules:
         here = name_fields(columns)
         for field in self.text_fields:
             if field not in columns:
-                raise ConfigurationError(f"{name}: no column {field!r}; columns here: {here} (choose with --text-field)")
+                raise ConfigurationError(
+                    f"{name}: no column {field!r}; columns here: {here} (choose with --text-field)"
+                )
         if self.id_field is not None and self.id_field not in columns:
-            raise ConfigurationError(f"{name}: no column {self.id_field!r}; columns here: {here} (choose with --id-field)")
+            raise ConfigurationError(
+                f"{name}: no column {self.id_field!r}; columns here: {here} (choose with --id-field)"
+            )
 
 
 class RecordRefused(Exception):
@@ -170,8 +174,8 @@ def encode_text(text: str, *, what: str) -> bytes:
 
 
 def name_fields(fields: Sequence[str]) -> str:
-    """The fields for a message: at most a dozen, each cut to a readable length."""
-    shown = ", ".join(printable(field)[:60] for field in fields[:_SHOWN_FIELDS])
+    """The fields for a message: at most a dozen, each on one line and cut to a readable length."""
+    shown = ", ".join(" ".join(printable(field).split())[:60] for field in fields[:_SHOWN_FIELDS])
     rest = len(fields) - _SHOWN_FIELDS
     return f"{shown} and {rest} more" if rest > 0 else shown or "none"
 
@@ -182,6 +186,11 @@ def name_type(value: object) -> str:
         return "a boolean"
     names = {dict: "an object", list: "an array", int: "a number", float: "a number", str: "a string", bytes: "bytes"}
     return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def printable(text: str) -> str:

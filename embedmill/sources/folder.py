@@ -99,7 +99,9 @@ def look_at(path: Path, *, root: Path) -> TextFile | None:
 
 
 def refuse_folder(error: OSError) -> None:
-    raise ConfigurationError(f"{printable(str(error.filename))}: this folder cannot be listed: {error.strerror}") from None
+    raise ConfigurationError(
+        f"{printable(str(error.filename))}: this folder cannot be listed: {error.strerror}"
+    ) from None
 
 
 def read_text(path: Path) -> str | None:

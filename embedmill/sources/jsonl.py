@@ -41,7 +41,7 @@ class JsonLinesSource:
         record, line_number = (after.record, after.line) if after else (0, 0)
         offset = after.offset if after else 0
         try:
-            for line, offset in self._stream.lines(after=after):  # noqa: B007
+            for line, offset in self._stream.lines(after=after):
                 line_number += 1
                 if line.isspace() or not line:
                     continue
@@ -80,4 +80,6 @@ def explain_bad_line(error: ValueError | RecursionError, *, line: bytes) -> str:
         return explain_bad_utf8(error)
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg} (column {error.pos + 1})"
-    return "not readable JSON: " + ("nested too deeply" if isinstance(error, RecursionError) else "a number is too long")
+    return "not readable JSON: " + (
+        "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+    )

@@ -21,7 +21,7 @@ from typing import BinaryIO, Protocol, cast
 
 from ..documents import Cursor
 from ..errors import ConfigurationError
-from .fields import printable
+from .fields import first_line, printable
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1024 * 1024
@@ -84,7 +84,9 @@ class LineFile:
                     collected += block
             except (OSError, zlib.error, ValueError) as error:
                 if not collected and not is_truncation(error):
-                    raise ConfigurationError(f"{self.name}: cannot be read as {self.compression}: {error}") from None
+                    raise ConfigurationError(
+                        f"{self.name}: cannot be read as {self.compression}: {first_line(error)}"
+                    ) from None
             except EOFError:
                 pass
         return collected
@@ -96,7 +98,9 @@ class LineFile:
         """Bytes of the file behind the cursor; of a compressed one, what the current reading has taken from it."""
         return cursor.offset if self.compression is None else self._compressed_position
 
-    def _decompressed_lines(self, stream: io.BufferedReader, *, raw: BinaryIO, skip: int) -> Iterator[tuple[bytes, int]]:
+    def _decompressed_lines(
+        self, stream: io.BufferedReader, *, raw: BinaryIO, skip: int
+    ) -> Iterator[tuple[bytes, int]]:
         lines = split_lines(stream, start=0)
         try:
             for _ in range(skip):
@@ -134,7 +138,9 @@ class StandardInput:
     def lines(self, *, after: Cursor | None = None) -> Iterator[tuple[bytes, int]]:
         """As `LineFile.lines`. Raises ConfigurationError when `after` is not where the stream stands."""
         if (after.offset if after else 0) != self._offset:
-            raise ConfigurationError("standard input cannot be read again; put it into a file to be able to go on later")
+            raise ConfigurationError(
+                "standard input cannot be read again; put it into a file to be able to go on later"
+            )
         for line, offset in split_lines(self._stream, start=self._offset):
             self._offset = offset
             yield line, offset
@@ -164,7 +170,7 @@ def split_lines(stream: BinaryIO | io.BufferedReader, *, start: int) -> Iterator
             offset += size
             yield line, offset
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise StreamBroken(str(error) or type(error).__name__) from None
+        raise StreamBroken(first_line(error)) from None
 
 
 def pass_over_line(stream: BinaryIO | io.BufferedReader) -> int:
@@ -211,9 +217,11 @@ class _ZstdBlocks(io.RawIOBase):
         import pyarrow as pa
 
         if not pa.Codec.is_available("zstd"):
-            raise ConfigurationError("this pyarrow has no Zstandard codec: install pyarrow's own wheel, or unpack the file first")
+            raise ConfigurationError(
+                "this pyarrow has no Zstandard codec: install pyarrow's own wheel, or unpack the file first"
+            )
         self._empty = os.fstat(raw.fileno()).st_size == 0
-        self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        self._stream = pa.CompressedInputStream(pa.PythonFile(cast(io.IOBase, raw), mode="r"), "zstd")
 
     def readable(self) -> bool:
         return True

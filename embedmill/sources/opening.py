@@ -71,7 +71,9 @@ def open_source(argument: str, *, rules: FieldRules) -> Source:
     if argument == PYDOC:
         return open_pydoc()
     if "://" in argument:
-        raise ConfigurationError(f"{argument}: sources are local; download it first, or pipe it in: curl URL | embedmill push -")
+        raise ConfigurationError(
+            f"{argument}: sources are local; download it first, or pipe it in: curl URL | embedmill push -"
+        )
     path = Path(argument)
     try:
         absolute = path.resolve()
@@ -89,7 +91,9 @@ def open_source(argument: str, *, rules: FieldRules) -> Source:
 
 def open_standard_input(*, rules: FieldRules) -> Source:
     if sys.stdin is None or sys.stdin.isatty():
-        raise ConfigurationError("standard input is a terminal; pipe JSON Lines into it: cat docs.jsonl | embedmill push -")
+        raise ConfigurationError(
+            "standard input is a terminal; pipe JSON Lines into it: cat docs.jsonl | embedmill push -"
+        )
     return JsonLinesSource(StandardInput(), rules=rules, push_key=uuid.uuid4().hex)
 
 

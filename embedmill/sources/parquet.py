@@ -11,13 +11,14 @@ import decimal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..documents import Cursor, Reject, SourceDocument
 from ..errors import ConfigurationError
-from .fields import FieldRules, build_document, printable
+from .fields import FieldRules, build_document, first_line, printable
 
 BATCH_BYTES = 8 * 1024 * 1024
 MAX_BATCH_ROWS = 2048
@@ -62,7 +63,9 @@ class ParquetSource:
                     yield from self._read_group(file, group=group, first=first, skip=skip)
                 first += rows
 
-    def _read_group(self, file: pq.ParquetFile, *, group: int, first: int, skip: int) -> Iterator[SourceDocument | Reject]:
+    def _read_group(
+        self, file: pq.ParquetFile, *, group: int, first: int, skip: int
+    ) -> Iterator[SourceDocument | Reject]:
         metadata = file.metadata.row_group(group)
         record = first
         try:
@@ -99,7 +102,7 @@ def choose_batch_rows(metadata: pq.RowGroupMetaData) -> int:
     return min(max(BATCH_BYTES // bytes_per_row, 1), MAX_BATCH_ROWS)
 
 
-def to_python(column: pa.Array) -> list[object]:
+def to_python(column: pa.Array[pa.Scalar[Any]]) -> list[object]:
     """The values of a column as JSON can hold them, where it can."""
     kind = column.type
     if pa.types.is_timestamp(kind) and kind.unit == "ns":
@@ -108,12 +111,17 @@ def to_python(column: pa.Array) -> list[object]:
         values: list[object] = column.to_pylist()
     except (pa.ArrowException, ValueError, OverflowError):
         values = [to_python_value(value) for value in column]
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+    if (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+    ):
         return values
     return [to_plain(value) for value in values]
 
 
-def to_python_value(value: pa.Scalar) -> object:
+def to_python_value(value: pa.Scalar[Any]) -> object:
     try:
         return value.as_py()
     except (pa.ArrowException, ValueError, OverflowError):
@@ -131,7 +139,3 @@ def to_plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return value
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

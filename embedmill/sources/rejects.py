@@ -1,7 +1,7 @@
 """The reject file of a push: JSON Lines of `place`, `reason`, `id` and the cursor behind the record.
 
-Rejects behind the cursor at which a push resumes are met again, so `resume` drops them first: every reject stands in the file
-once, whenever the process was killed. Memory is bounded.
+Rejects behind the cursor at which a push resumes are met again, so `resume` drops them first: every reject stands in the
+file once, whenever the process was killed. Memory is bounded.
 """
 
 from __future__ import annotations

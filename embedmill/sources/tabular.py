@@ -104,8 +104,8 @@ class _Rows:
                 return row
 
     def _decoded(self) -> Iterator[str]:
-        for line, self.offset in self._lines:
-            self.line += 1
+        for line, offset in self._lines:
+            self.line, self.offset = self.line + 1, offset
             if is_cut(line):
                 self.damage = f"the line is longer than {MAX_LINE_BYTES // 1024**2} MiB"
             try:

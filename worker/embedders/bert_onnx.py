@@ -147,7 +147,7 @@ class _Graph:
         """Checkpoints store (out, in); MatMul wants (in, out)."""
         return self.weight(name, self.tensor(name).T)
 
-    def add(self, operator: str, inputs: list[str], output: str, *, domain: str = "", **attributes: object) -> str:
+    def add(self, operator: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
         from onnx import helper
 
         # EmbedLayerNormalization has a second output, which nobody reads.
@@ -277,6 +277,8 @@ def _load_weights(weights: bytes) -> dict[str, NDArray[np.float32]]:
 def _check_config(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != "bert":
         raise _cannot_build(f"its config.json says model_type {config.get('model_type')!r}, not 'bert'")
+    if missing := sorted({"hidden_size", "num_hidden_layers", "num_attention_heads"} - set(config)):
+        raise _cannot_build(f"its config.json lacks {', '.join(missing)}")
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise _cannot_build(f"it has {config['position_embedding_type']!r} positions")
     if config.get("hidden_act") not in _GELU_OPERATORS:

@@ -1,0 +1,118 @@
+"""From `--model PROVIDER/NAME` to an embedder and the budget that its requests draw on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from scheduler.budget import Budget, RequestBudget, Unlimited, key_id
+from scheduler.connection import Connection
+from worker.embedders.jina import API_BASE, JinaEmbedder, key_from_environment
+
+from ..embedder import Embedder
+from ..errors import ConfigurationError
+from ..models import find_tier
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """What the user asked for. rpm, tpm, concurrency override those of the tier."""
+
+    model: str
+    dimensions: int | None = None
+    task: str | None = None
+    api_base: str | None = None
+    tier: str | None = None
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+
+
+@asynccontextmanager
+async def open_embedder(
+    model: str,
+    *,
+    dimensions: int | None = None,
+    api_base: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> AsyncIterator[Embedder]:
+    """The embedder of a stored spec, for a few queries. Raises ConfigurationError when it cannot be had here."""
+    task = (options or {}).get("task")
+    choice = ModelChoice(model, dimensions, task if isinstance(task, str) else None, api_base)
+    embedder = make_embedder(choice)
+    try:
+        yield embedder
+    finally:
+        await embedder.aclose()
+
+
+def make_embedder(choice: ModelChoice) -> Embedder:
+    """Loads a local model, which takes a while; for a provider, checks key and options without sending anything."""
+    provider, _, name = choice.model.partition("/")
+    if provider in ("local", "null") and (choice.task or choice.api_base):
+        option = "--task" if choice.task else "--api-base"
+        raise ConfigurationError(f"{option} does not apply to {choice.model}: leave it out")
+    if provider == "jina" and name:
+        return _make_jina(choice)
+    if provider == "null":
+        return _make_null(choice, name)
+    if provider == "local" and name:
+        return _make_local(choice, name)
+    raise ConfigurationError(
+        f"unknown model {choice.model!r}: --model takes PROVIDER/NAME, for example local/minilm, local/PATH, "
+        "jina/jina-embeddings-v3 or null/384"
+    )
+
+
+def make_budget(choice: ModelChoice, connection: Connection, *, namespace: str) -> RequestBudget:
+    """The fleet's budget for the key in use; local models have none."""
+    provider = choice.model.partition("/")[0]
+    if provider in ("local", "null"):
+        return Unlimited()
+    tier = find_tier(choice.tier or "free")
+    return Budget(
+        connection,
+        namespace=namespace,
+        key_id=key_id(provider, key_from_environment()),
+        rpm=choice.rpm or tier.requests,
+        tpm=choice.tpm or tier.tokens,
+        concurrency=choice.concurrency or tier.concurrency,
+    )
+
+
+def _make_jina(choice: ModelChoice) -> Embedder:
+    tier = find_tier(choice.tier or "free")
+    return JinaEmbedder(
+        choice.model,
+        key=key_from_environment(),
+        api_base=choice.api_base or API_BASE,
+        dimensions=choice.dimensions,
+        task=choice.task,
+        concurrency=choice.concurrency or tier.concurrency,
+        tokens_per_minute=choice.tpm or tier.tokens,
+    )
+
+
+def _make_null(choice: ModelChoice, name: str) -> Embedder:
+    from worker.embedders.null import DEFAULT_DIMENSIONS, NullEmbedder
+
+    if name and not (name.isdecimal() and int(name) > 0):
+        raise ConfigurationError(f"{choice.model}: the null embedder's name is its dimensions, for example null/384")
+    return NullEmbedder(choice.dimensions or int(name or DEFAULT_DIMENSIONS))
+
+
+def _make_local(choice: ModelChoice, name: str) -> Embedder:
+    if name == "minilm":
+        from worker.embedders.minilm import OnnxEmbedder
+
+        embedder: Embedder = OnnxEmbedder()
+    else:
+        from worker.embedders.sentence_transformers import SentenceTransformerEmbedder
+
+        embedder = SentenceTransformerEmbedder(name)
+    if choice.dimensions not in (None, embedder.spec.dimensions):
+        raise ConfigurationError(
+            f"{choice.model} makes {embedder.spec.dimensions} dimensions: leave --dimensions out, or say that number"
+        )
+    return embedder

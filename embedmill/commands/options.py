@@ -1,0 +1,108 @@
+"""The options that commands share, each defined once: flag, environment variable (`EMBEDMILL_…`), key of `embedmill.toml`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import ConfigurationError
+
+DEFAULT_MODEL = "local/minilm"
+CONFIG_NAME = "embedmill.toml"
+_OTHER_VARIABLES = {"EMBEDMILL_CONFIG", "EMBEDMILL_MINILM_PATH"}
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "to": {"metavar": "DATASET", "help": "The dataset: a folder, made when it is not there."},
+    "model": {"metavar": "PROVIDER/NAME", "default": DEFAULT_MODEL, "show_default": True, "help": "What embeds."},
+    "dimensions": {"type": click.IntRange(min=1), "help": "Matryoshka size, where the model has one."},
+    "task": {"help": "The provider's task for documents, e.g. retrieval.passage."},
+    "api_base": {"metavar": "URL", "help": "The provider's address up to the version, e.g. https://api.jina.ai/v1."},
+    "tier": {"help": "Preset of the key's limits: free, paid or premium."},
+    "rpm": {"type": click.IntRange(min=1), "help": "Requests per minute that the key allows."},
+    "tpm": {"type": click.IntRange(min=1), "help": "Tokens per minute that the key allows."},
+    "concurrency": {"type": click.IntRange(min=1), "help": "Requests in flight."},
+    "text_field": {"metavar": "NAMES", "default": "text", "show_default": True, "help": "Fields that make the text, with commas between; joined by a blank line."},
+    "id_field": {"metavar": "NAME", "help": "Field of the id; else `id`, else `_id`, else FILE:LINE."},
+    "redis": {"metavar": "URL", "help": "A Redis or Valkey server (7.0 or newer); `run` brings its own when it is left out."},
+    "namespace": {"default": "default", "show_default": True, "help": "Prefix that separates queues on one server."},
+    "milvus": {"metavar": "URI", "help": "A path for Milvus Lite, or http(s)://HOST:PORT; token in MILVUS_TOKEN."},
+    "collection": {"metavar": "NAME", "help": "Collection in Milvus; else the dataset's name."},
+    "job": {"default": "main", "show_default": True, "help": "Name of the job in the dataset."},
+}  # fmt: skip
+
+
+def shared(*names: str) -> Callable[[_Decorated], _Decorated]:
+    """A decorator that adds shared options by name, e.g. `shared("to", "model")`."""
+
+    def decorate(function: _Decorated) -> _Decorated:
+        for name in reversed(names):
+            settings = {"envvar": _variable(name), "show_envvar": True, **_SHARED[name]}
+            function = click.option(f"--{name.replace('_', '-')}", name, **settings)(function)
+        return function
+
+    return decorate
+
+
+def output_options(function: _Decorated) -> _Decorated:
+    """`--json` and `-v`."""
+    function = click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_be_verbose, help="Say more."
+    )(function)
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")(function)
+
+
+def load_config() -> dict[str, Any]:
+    """What `embedmill.toml` (here, or where EMBEDMILL_CONFIG says) sets. Raises ConfigurationError for what it may not."""
+    named = os.environ.get("EMBEDMILL_CONFIG")
+    path = Path(named or CONFIG_NAME)
+    if not path.exists():
+        if named:
+            raise ConfigurationError(f"EMBEDMILL_CONFIG names {named}, which does not exist")
+        return {}
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+    renamed = {key.replace("-", "_"): value for key, value in settings.items()}
+    for key, value in renamed.items():
+        if key not in _SHARED:
+            raise ConfigurationError(f"{path} sets {key!r}, which is no setting{_near(key, _SHARED)}")
+        if not isinstance(value, (str, int, float, bool)):
+            raise ConfigurationError(f"{path}: {key} takes one value, not {type(value).__name__}")
+    return renamed
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raises ConfigurationError for an `EMBEDMILL_…` variable that means nothing: it was meant to mean something."""
+    known = {_variable(name) for name in _SHARED} | _OTHER_VARIABLES
+    for variable in environment:
+        if variable.startswith("EMBEDMILL_") and variable not in known:
+            raise ConfigurationError(f"the environment sets {variable}, which is no setting{_near(variable, known)}")
+
+
+def split_names(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def _variable(name: str) -> str:
+    return f"EMBEDMILL_{name.upper()}"
+
+
+def _near(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(known))}"
+
+
+def _be_verbose(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().meta["embedmill.verbose"] = True
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        logging.getLogger("embedmill").setLevel(logging.DEBUG)

@@ -1,0 +1,198 @@
+"""Everything in one process: intake, queue, worker and loader around one dataset, until nothing is owed.
+
+It can be stopped or killed anywhere and started again: what is true stands in the dataset, and the queue is rebuilt from it.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+
+from scheduler.admission import AdmissionCounts, Admitter
+from scheduler.budget import RequestBudget
+from scheduler.connection import Connection
+from scheduler.embedded import embedded_server
+from scheduler.intake import Intake
+from scheduler.queue import Queue
+from scheduler.reconcile import reconcile
+from worker.service import Worker
+
+from ..dataset.dataset import Dataset
+from ..dataset.index import DatasetIndex
+from ..embedder import Embedder
+from ..errors import TransientError
+from ..sources.opening import Source
+from .progress import Snapshot, show
+
+if TYPE_CHECKING:
+    from loader.service import Loader
+
+_POLL_S = 0.2
+_SWEEP_S = 2.0
+
+
+@asynccontextmanager
+async def open_queue(redis: str | None, *, namespace: str) -> AsyncIterator[tuple[Connection, Queue]]:
+    """A queue on the given server, or on an embedded one that lives as long as the context."""
+    if redis is not None:
+        connection = Connection(redis)
+        try:
+            await connection.check()
+            yield connection, Queue(connection, namespace=namespace)
+        finally:
+            await connection.aclose()
+        return
+    with embedded_server() as url:
+        connection = Connection(url)
+        try:
+            yield connection, Queue(connection, namespace=namespace)
+        finally:
+            await connection.aclose()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended. stopped: by a signal, with work left."""
+
+    stopped: bool = False
+    seconds: float = 0.0
+    admitted: AdmissionCounts = field(default_factory=AdmissionCounts)
+
+
+class Pipeline:
+    """One run over one dataset."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        index: DatasetIndex,
+        queue: Queue,
+        *,
+        embedder: Embedder,
+        budget: RequestBudget,
+        intake: Intake,
+        admitter: Admitter,
+        loader: Loader | None,
+    ) -> None:
+        self._dataset = dataset
+        self._index = index
+        self._queue = queue
+        self._intake = intake
+        self._admitter = admitter
+        self._loader = loader
+        self.worker = Worker(queue, embedder, budget=budget)
+        self._stopping = anyio.Event()
+        self._committed = anyio.Event()
+        self._embedding_done = False
+        self._before = 0
+        self._earlier_rows = 0
+
+    async def run(self, sources: Sequence[Source], *, quiet: bool) -> Outcome:
+        """Until everything read is committed and loaded, or until a signal. A second signal stops at once.
+
+        Raises what makes going on useless; everything paid for is kept then, too.
+        """
+        started = time.monotonic()
+        self._earlier_rows, self._before = await to_thread.run_sync(self._count_earlier)
+        await reconcile(self._dataset, self._queue)
+        async with anyio.create_task_group() as background:
+            background.start_soon(self._watch_signals, background.cancel_scope)
+            background.start_soon(self._show, quiet)
+            try:
+                async with anyio.create_task_group() as parts:
+                    parts.start_soon(self._admit, sources)
+                    parts.start_soon(self._embed)
+                    if self._loader is not None:
+                        parts.start_soon(self._load, self._loader)
+            finally:
+                background.cancel_scope.cancel()
+        await to_thread.run_sync(self._dataset.publish_shape)
+        return Outcome(self._stopping.is_set(), time.monotonic() - started, self._admitter.counts)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._intake.stop()
+        self.worker.stop()
+        self._committed.set()
+
+    async def _admit(self, sources: Sequence[Source]) -> None:
+        try:
+            await self._intake.run(sources)
+        except BaseException:
+            self.stop()
+            raise
+
+    async def _embed(self) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._stop_when_done)
+                await self.worker.run(on_commit=lambda _shard: self._committed.set())
+                group.cancel_scope.cancel()
+        finally:
+            self._embedding_done = True
+            self._intake.stop()
+            self._committed.set()
+
+    async def _stop_when_done(self) -> None:
+        """Everything is admitted and nothing is owed, here or in the hands of other workers."""
+        while True:
+            await anyio.sleep(_POLL_S)
+            if not self._intake.finished or (await self._queue.depth()).open:
+                continue
+            if not await to_thread.run_sync(self._dataset.owed):
+                self.worker.stop()
+                return
+            await reconcile(self._dataset, self._queue)
+
+    async def _load(self, loader: Loader) -> None:
+        while not self._stopping.is_set():
+            done = self._embedding_done
+            await loader.sweep()
+            if done:
+                await loader.finish()
+                return
+            with anyio.move_on_after(_SWEEP_S):
+                await self._committed.wait()
+            if not self._stopping.is_set():
+                self._committed = anyio.Event()
+
+    async def _show(self, quiet: bool) -> None:
+        await show(self.snapshot, quiet=quiet)
+
+    def snapshot(self) -> Snapshot:
+        counts = self.worker.counts
+        admitted = self._before + self._admitter.counts.admitted
+        fraction = self._intake.fraction
+        reading = not self._intake.finished and fraction is not None and fraction > 0
+        read = self._admitter.counts.admitted
+        total = self._before + int(read / fraction) if reading and fraction else admitted
+        return Snapshot(
+            done=self._earlier_rows + counts.embedded + counts.adopted + counts.failed,
+            total=total if self._intake.finished or reading else None,
+            estimated=not self._intake.finished,
+            fresh=counts.embedded,
+            failed=counts.failed,
+            tokens=counts.tokens,
+            loaded=self._loader.counts.rows_upserted if self._loader is not None else None,
+            trouble=counts.last_trouble,
+        )
+
+    def _count_earlier(self) -> tuple[int, int]:
+        """Rows committed, and rows admitted, before this run."""
+        committed = sum(marker.rows for shard in self._dataset.committed() if (marker := self._dataset.marker(shard)))
+        return committed, self._index.count()[1]
+
+    async def _watch_signals(self, scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                if self._stopping.is_set():
+                    scope.cancel()
+                    return
+                self.stop()

@@ -1,0 +1,131 @@
+"""Sources read to their end and admitted, block by block, so that memory stays bounded however large they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from anyio import to_thread
+
+from embedmill.documents import Reject, SourceDocument
+from embedmill.errors import StorageError
+from embedmill.messages import Task
+from embedmill.sources.opening import Source
+from embedmill.sources.rejects import RejectFile
+
+from .admission import Admitter
+from .queue import Queue
+
+_BLOCK_RECORDS = 1024
+_BLOCK_BYTES = 8 * 1024 * 1024
+
+
+class Intake:
+    """Reads sources in the order given and enqueues the shards that they fill.
+
+    Rejected records go to a file per source below `rejects`, which a resumed reading continues without repeating itself.
+    `limit` bounds the documents that are read in all.
+    """
+
+    def __init__(self, admitter: Admitter, queue: Queue, *, rejects: Path, limit: int | None = None) -> None:
+        self._admitter = admitter
+        self._queue = queue
+        self._rejects = rejects
+        self._left = limit
+        self._stopped = False
+        self._read_bytes: dict[str, int] = {}
+        self._total_bytes: int | None = 0
+        self.reject_files: dict[Path, int] = {}
+        self.finished = False
+
+    def stop(self) -> None:
+        """Stop reading. The open shard is dropped: what was in it is read again by whoever resumes."""
+        self._stopped = True
+
+    @property
+    def fraction(self) -> float | None:
+        """How much of all sources has been read, 0 to 1; None when their size is unknown."""
+        if self.finished:
+            return 1.0
+        if not self._total_bytes:
+            return None
+        return min(1.0, sum(self._read_bytes.values()) / self._total_bytes)
+
+    @property
+    def rejected(self) -> int:
+        return sum(self.reject_files.values())
+
+    async def run(self, sources: Sequence[Source]) -> None:
+        """Read everything. Raises ConfigurationError for a source that vanished, StorageError for a full disk."""
+        sizes = [source.total_bytes() for source in sources]
+        self._total_bytes = None if None in sizes else sum(size or 0 for size in sizes)
+        for source in sources:
+            await self._read(source)
+        if not self._stopped:
+            await self._queue.enqueue(await to_thread.run_sync(self._admitter.close_shard))
+            self.finished = True
+
+    async def _read(self, source: Source) -> None:
+        after = await to_thread.run_sync(self._admitter.resume_after, source.push_key)
+        rejects = RejectFile(self._rejects / f"{_file_name(source.name)}-{source.push_key[:8]}.jsonl")
+        await to_thread.run_sync(rejects.resume, after)
+        if after is not None:
+            self._read_bytes[source.push_key] = source.position_bytes(after)
+        records = source.read(after=after)
+        try:
+            while not self._stopped and self._left != 0:
+                block = await to_thread.run_sync(self._take_block, records)
+                if not block:
+                    break
+                await self._admit(source, block, rejects)
+        finally:
+            await to_thread.run_sync(_close, rejects)
+            if rejects.count:
+                self.reject_files[rejects.path] = rejects.count
+
+    async def _admit(self, source: Source, block: list[SourceDocument | Reject], rejects: RejectFile) -> None:
+        def admit() -> list[Task]:
+            admitted = self._admitter.admit(source.push_key, source.name, block)
+            _write(rejects, admitted.rejects)
+            return admitted.tasks
+
+        await self._queue.enqueue(await to_thread.run_sync(admit))
+        if rejects.count:
+            self.reject_files[rejects.path] = rejects.count
+        self._read_bytes[source.push_key] = source.position_bytes(block[-1].cursor)
+
+    def _take_block(self, records: Iterator[SourceDocument | Reject]) -> list[SourceDocument | Reject]:
+        block: list[SourceDocument | Reject] = []
+        size = 0
+        wanted = _BLOCK_RECORDS if self._left is None else min(_BLOCK_RECORDS, self._left)
+        for record in islice(records, wanted):
+            block.append(record)
+            if isinstance(record, SourceDocument):
+                size += len(record.text)
+            if size >= _BLOCK_BYTES:
+                break
+        if self._left is not None:
+            self._left -= sum(isinstance(record, SourceDocument) for record in block)
+        return block
+
+
+def _file_name(name: str) -> str:
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", name.rstrip("/").rsplit("/", 1)[-1]).strip("._")
+    return stem or "stdin"
+
+
+def _write(rejects: RejectFile, new: Sequence[Reject]) -> None:
+    try:
+        for reject in new:
+            rejects.add(reject)
+    except OSError as error:
+        raise StorageError(f"cannot write {rejects.path}: {error.strerror}") from error
+
+
+def _close(rejects: RejectFile) -> None:
+    try:
+        rejects.close()
+    except OSError as error:
+        raise StorageError(f"cannot write {rejects.path}: {error.strerror}") from error

@@ -1,0 +1,142 @@
+"""The only place that tries a request again inside a process.
+
+Being rate-limited never spends an attempt and is waited out, bounded by nothing but cancellation: the budget says when.
+Anything else that may pass is tried a bounded number of times; what cannot pass goes up at once.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import anyio
+import anyio.to_thread
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+
+from embedmill.embedder import Embedder, Embedding, Role
+from embedmill.errors import EmbedmillError, OutcomeUnknown, RateLimited, TransientError
+from scheduler.budget import Grant, RequestBudget
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """max_attempts: failures after which the last one is raised; base_s, cap_s: full jitter up to base * 2^n, at most cap;
+    limited_cap_s: the same cap while rate-limited without a word on how long."""
+
+    max_attempts: int = 6
+    base_s: float = 0.5
+    cap_s: float = 20.0
+    limited_cap_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request as it ended. outcome: `ok`, or the code of the error; billed_tokens: None where nobody knows."""
+
+    outcome: str
+    est_tokens: int
+    billed_tokens: int | None
+    seconds: float
+
+
+DEFAULT_POLICY = RetryPolicy()
+_LONGEST_RETRY_AFTER_S = 60.0
+
+
+async def embed_batch(
+    embedder: Embedder,
+    texts: Sequence[str],
+    *,
+    budget: RequestBudget,
+    role: Role = "document",
+    est_tokens: int | None = None,
+    on_event: Callable[[Attempt], None] | None = None,
+    policy: RetryPolicy = DEFAULT_POLICY,
+) -> Embedding:
+    """Embed `texts` in one request, tried until it passes or cannot.
+
+    est_tokens: of the whole request, when the caller knows it. `on_event` is told of every request that was sent.
+    Raises Overloaded or OutcomeUnknown after `policy.max_attempts` failures; InputRejected, JobFatalError and
+    ConfigurationError at once. Cancelled, a request in flight is charged with its estimate.
+    """
+    if est_tokens is None:
+        est_tokens = sum(await anyio.to_thread.run_sync(embedder.estimate_tokens, texts))
+
+    async def attempt() -> Embedding:
+        async with budget.reserve(est_tokens) as grant:
+            return await _send(embedder, texts, grant=grant, role=role, on_event=on_event)
+
+    return await _retrying(policy)(attempt)
+
+
+async def _send(
+    embedder: Embedder,
+    texts: Sequence[str],
+    *,
+    grant: Grant,
+    role: Role,
+    on_event: Callable[[Attempt], None] | None,
+) -> Embedding:
+    began = time.perf_counter()
+    outcome, billed = "cancelled", None
+    try:
+        embedding = await embedder.embed(texts, role=role)
+    except EmbedmillError as error:
+        outcome, billed = error.code, _settle_failure(grant, error)
+        raise
+    else:
+        outcome, billed = "ok", embedding.billed_tokens
+        grant.settle(embedding.billed_tokens)
+        return embedding
+    finally:
+        if on_event is not None:
+            on_event(Attempt(outcome, grant.est_tokens, billed, time.perf_counter() - began))
+
+
+def _settle_failure(grant: Grant, error: EmbedmillError) -> int | None:
+    """Tokens billed by a request that failed so."""
+    if isinstance(error, OutcomeUnknown):
+        return None
+    if isinstance(error, RateLimited):
+        grant.limited(error)
+    else:
+        grant.settle(0)
+    return 0
+
+
+def _retrying(policy: RetryPolicy) -> AsyncRetrying:
+    """Counts failures and refusals apart: tenacity's own count has both."""
+    failures = refusals = 0
+
+    def count(state: RetryCallState) -> None:
+        nonlocal failures, refusals
+        if isinstance(_error(state), RateLimited):
+            refusals += 1
+        else:
+            failures, refusals = failures + 1, 0
+
+    def spent(_state: RetryCallState) -> bool:
+        return failures >= policy.max_attempts
+
+    def wait_s(state: RetryCallState) -> float:
+        error = _error(state)
+        if isinstance(error, TransientError) and error.retry_after_s is not None:
+            return min(error.retry_after_s, _LONGEST_RETRY_AFTER_S)
+        if isinstance(error, RateLimited):
+            return random.uniform(0, min(policy.limited_cap_s, policy.base_s * 2 ** min(refusals - 1, 20)))
+        return random.uniform(0, min(policy.cap_s, policy.base_s * 2 ** (failures - 1)))
+
+    return AsyncRetrying(
+        sleep=anyio.sleep,
+        retry=retry_if_exception_type(TransientError),
+        after=count,
+        stop=spent,
+        wait=wait_s,
+        reraise=True,
+    )
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None

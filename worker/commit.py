@@ -1,0 +1,88 @@
+"""The commit of a shard: vectors, then the marker, each created once. Doing it twice changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from embedmill.dataset.dataset import Dataset, now_iso
+from embedmill.dataset.layout import EMBEDDED, FAILED, Failure, Marker, StoredObject, documents_key, vectors_key
+from embedmill.dataset.passages import ShardOrigin
+from embedmill.errors import ObjectExists
+from embedmill.messages import DeadLetter, Task
+
+from .results import ShardResults
+
+
+def commit_shard(
+    dataset: Dataset,
+    shard: int,
+    results: ShardResults,
+    *,
+    origin: ShardOrigin,
+    passages: list[tuple[str, int]],
+    attempt: str,
+    worker: str,
+) -> Marker:
+    """Make a shard's results durable and final; the marker that is stored, ours or that of whoever was faster.
+
+    passages: (id, version) of every row. Blocking: run in a thread.
+    """
+    objects: dict[str, StoredObject] = {}
+    stored = _store_vectors(dataset, shard, results, passages=passages)
+    if stored is not None:
+        objects[vectors_key(shard)] = stored
+    marker = Marker(
+        shard=shard,
+        statuses=results.statuses,
+        fingerprint=dataset.info.embedder.fingerprint,
+        attempt=attempt,
+        worker=worker,
+        committed_at=now_iso(),
+        billed_tokens=results.billed_tokens,
+        requests=results.requests,
+        failures=tuple(results.failures[row] for row in sorted(results.failures)),
+        truncated=tuple(sorted(results.truncated)),
+        replaces=origin.replaces,
+        objects={documents_key(shard): dataset.describe_object(documents_key(shard)), **objects},
+    )
+    return dataset.commit(marker)
+
+
+def dead_letters(marker: Marker, task: Task) -> list[DeadLetter]:
+    """One per failed row of a marker."""
+    return [
+        DeadLetter(task.dataset, task.job, f.id, f.version, marker.shard, f.row, f.code, f.cause)
+        for f in marker.failures
+    ]
+
+
+def _store_vectors(
+    dataset: Dataset, shard: int, results: ShardResults, *, passages: list[tuple[str, int]]
+) -> StoredObject | None:
+    embedded = results.statuses == EMBEDDED
+    if not embedded.any() and not dataset.store.exists(vectors_key(shard)):
+        return None
+    try:
+        return dataset.create_vectors(shard, results.vectors)
+    except ObjectExists:
+        return _adopt(dataset, shard, results, passages=passages)
+
+
+def _adopt(
+    dataset: Dataset, shard: int, results: ShardResults, *, passages: list[tuple[str, int]]
+) -> StoredObject | None:
+    """A dead or slower attempt left the vectors: they are what is stored, so they are what the marker describes."""
+    stored = dataset.stored_vectors(shard, rows=results.rows)
+    if stored is None:
+        return None
+    values, described = stored
+    present = np.isfinite(values).all(axis=1)
+    for row in map(int, np.flatnonzero(present & (results.statuses == FAILED))):
+        results.statuses[row] = EMBEDDED
+        del results.failures[row]
+    for row in map(int, np.flatnonzero(~present & (results.statuses == EMBEDDED))):
+        id_, version = passages[row]
+        results.statuses[row] = FAILED
+        results.failures[row] = Failure(row, id_, version, "lost_attempt", "an earlier attempt stored no vector for it")
+    results.vectors = values.astype(np.float32)
+    return described

@@ -1,0 +1,150 @@
+"""The one place that speaks HTTP as a client: one POST of JSON is one attempt, and is never sent twice.
+
+Whether a failed request may have been executed decides what its tokens cost, so transport failures are told apart by
+that: a connection that never stood is `Overloaded`, one that was lost after sending is `OutcomeUnknown`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+import aiohttp
+import anyio
+
+from embedmill.errors import ConfigurationError, OutcomeUnknown, Overloaded
+
+ATTEMPT_TIMEOUT_S = 120.0
+_EXCERPT_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back, read to its end. content: the parsed JSON, or None where a failure's body is not JSON."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: object
+    excerpt: str
+
+
+class HttpClient:
+    """One session on one API. `secret` never appears in an error.
+
+    Connections are not limited here: the budget is the only queue, and a second one would count waiting as sending.
+    """
+
+    def __init__(self, api_base: str, *, secret: str = "", attempt_timeout_s: float = ATTEMPT_TIMEOUT_S) -> None:
+        self.api_base = check_api_base(api_base)
+        self._secret = secret
+        self._attempt_timeout_s = attempt_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def post_json(self, path: str, body: Mapping[str, object]) -> Answer:
+        """POST `body`, whatever the status.
+
+        Raises Overloaded (not executed), OutcomeUnknown (perhaps executed), ConfigurationError (an untrusted certificate).
+        """
+        url = f"{self.api_base}/{path}"
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        try:
+            with anyio.fail_after(self._attempt_timeout_s):
+                return await self._exchange(url, data)
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise ConfigurationError(f"the certificate of {self.api_base} is not trusted: {error}") from error
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Overloaded(f"cannot connect to {self.api_base}: {_reason(error)}") from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise OutcomeUnknown(
+                f"{self.api_base} did not answer after the request was sent: {_reason(error)}"
+            ) from error
+
+    async def aclose(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(2):
+                await session.close()
+
+    async def _exchange(self, url: str, data: bytes) -> Answer:
+        async with self._opened().post(url, data=data, allow_redirects=False) as response:
+            raw = await response.read()
+            return self._parse(response.status, dict(response.headers), raw)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "embedmill"}
+            if self._secret:
+                headers["Authorization"] = f"Bearer {self._secret}"
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60),
+                headers=headers,
+                trust_env=not _is_loopback(self.api_base),
+            )
+        return self._session
+
+    def _parse(self, status: int, headers: Mapping[str, str], raw: bytes) -> Answer:
+        excerpt = " ".join(raw[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace").split())[:_EXCERPT_CHARS]
+        if self._secret:
+            excerpt = excerpt.replace(self._secret, "***")
+        try:
+            content = json.loads(raw)
+        except ValueError as error:
+            if status == 200:
+                raise OutcomeUnknown(f"{self.api_base} answered 200 with what is not JSON: {excerpt!r}") from error
+            content = None
+        return Answer(status, headers, content, excerpt)
+
+
+def check_api_base(url: str) -> str:
+    """The URL without its last slash. Raises ConfigurationError that shows a good one."""
+    good = "it looks like https://api.jina.ai/v1"
+    try:
+        parts = urlsplit(url.strip())
+        parts.port  # noqa: B018 (reading it is what checks it)
+    except ValueError as error:
+        raise ConfigurationError(f"--api-base {url!r} is not a URL: {error}; {good}") from error
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigurationError(f"--api-base {url!r} is not an http or https URL; {good}")
+    if parts.username or parts.password:
+        raise ConfigurationError(f"--api-base must not hold a user or password; {good}")
+    if parts.query or parts.fragment:
+        raise ConfigurationError(f"--api-base {url!r} must end with its path, without ? or #; {good}")
+    base = url.strip().rstrip("/")
+    if base.endswith("/embeddings"):
+        raise ConfigurationError(f"--api-base goes up to the version: {base.removesuffix('/embeddings')}")
+    return base
+
+
+def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
+    """Seconds that `Retry-After` asks for (a number or an HTTP date), None without a readable one."""
+    value = {name.lower(): text for name, text in headers.items()}.get("retry-after", "").strip()
+    if not value:
+        return None
+    if value.replace(".", "", 1).isdigit():
+        return float(value)
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    aware = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return max(0.0, (aware - (now or datetime.now(UTC))).total_seconds())
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,291 @@
+"""One leased shard, from its documents to its marker.
+
+Whatever happens on the way, what was paid for is kept: results go to checkpoints every two seconds, and once more when the
+work is cancelled, drained or fails.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import numpy as np
+from anyio import to_thread
+
+from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.layout import EMBEDDED, Failure, Marker
+from embedmill.dataset.passages import ShardOrigin
+from embedmill.embedder import Embedder, Embedding
+from embedmill.errors import EmbedmillError, InputRejected, JobFatalError, RateLimited, StorageError
+from scheduler.budget import RequestBudget
+
+from .attempts import Attempt, embed_batch
+from .checkpoints import Checkpoint
+from .commit import commit_shard
+from .gate import inspect
+from .packing import pack
+from .results import Increment, ShardResults
+from .spend import SpendLog
+
+CHECKPOINT_EVERY_S = 2.0
+_MALFORMED_TRIES = 5
+
+
+@dataclass(slots=True)
+class WorkerCounts:
+    """What this worker has done, for progress and metrics. Passages carried over or adopted were not paid for again."""
+
+    embedded: int = 0
+    failed: int = 0
+    adopted: int = 0
+    tokens: int = 0
+    requests: int = 0
+    truncated: int = 0
+    shards: int = 0
+    rate_limited: int = 0
+    failed_requests: int = 0
+    last_trouble: str = ""
+
+
+@dataclass(slots=True)
+class Tools:
+    """What every shard of a worker shares. `permits` bounds the requests in flight of the whole worker."""
+
+    embedder: Embedder
+    budget: RequestBudget
+    worker: str
+    permits: anyio.CapacityLimiter
+    draining: anyio.Event
+    counts: WorkerCounts = field(default_factory=WorkerCounts)
+
+
+class ShardEmbedding:
+    """The work on one shard. `progressed` is true once the checkpoint grew since it was last asked."""
+
+    def __init__(self, tools: Tools, dataset: Dataset, shard: int) -> None:
+        self._tools = tools
+        self._dataset = dataset
+        self._shard = shard
+        self._attempt = uuid.uuid4().hex[:12]
+        self._checkpoint = Checkpoint(dataset, shard, attempt=self._attempt)
+        self._spend = SpendLog(dataset, worker=tools.worker)
+        self._grown = False
+        self._ids: list[tuple[str, int]] = []
+        self._texts: list[str] = []
+        self._tokens: dict[int, int] = {}
+        self._trouble: EmbedmillError | None = None
+        self._origin: ShardOrigin
+        self._results: ShardResults
+
+    def progressed(self) -> bool:
+        grown, self._grown = self._grown, False
+        return grown
+
+    async def run(self) -> Marker | None:
+        """Embed what is owed and commit; the marker, or None when the worker was drained before the end.
+
+        Raises TransientError (try the shard later), JobFatalError, StorageError, CorruptStore.
+        """
+        marker = await to_thread.run_sync(self._dataset.marker, self._shard)
+        if marker is None:
+            await to_thread.run_sync(self._prepare)
+            await self._embed_owed()
+            if self._results.owed():
+                return None
+            marker = await self._commit()
+        await to_thread.run_sync(self._checkpoint.sweep)
+        return marker
+
+    def _prepare(self) -> None:
+        table, self._origin = self._dataset.documents(self._shard, columns=["id", "version", "text", "deleted"])
+        columns: dict[str, list[Any]] = table.to_pydict()
+        self._ids = list(zip(columns["id"], columns["version"], strict=True))
+        self._texts = [text or "" for text in columns["text"]]
+        self._results = ShardResults(table.num_rows, self._dataset.info.dimensions)
+        self._results.delete(row for row, deleted in enumerate(columns["deleted"]) if deleted)
+        adopted = self._checkpoint.adopt(self._results)
+        adopted += self._adopt_stored() + self._carry_over()
+        self._tools.counts.adopted += adopted
+
+    def _adopt_stored(self) -> int:
+        """An attempt that died between vectors and marker left them whole."""
+        stored = self._dataset.stored_vectors(self._shard, rows=self._results.rows)
+        if stored is None:
+            return 0
+        rows = np.flatnonzero(np.isfinite(stored[0]).all(axis=1)).astype(np.int32)
+        return self._results.add(Increment(rows, stored[0][rows].astype(np.float32)), kept=True)
+
+    def _carry_over(self) -> int:
+        """Vectors of rows whose text did not change, from the shards that hold them, where those are committed."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for row, (shard, old_row) in self._origin.carried.items():
+            wanted.setdefault(shard, []).append((row, old_row))
+        carried = 0
+        for shard, pairs in wanted.items():
+            marker = self._dataset.marker(shard)
+            if marker is None:
+                continue
+            embedded = [(row, old_row) for row, old_row in pairs if marker.statuses[old_row] == EMBEDDED]
+            old = self._dataset.vectors(shard)[[old_row for _, old_row in embedded]].astype(np.float32)
+            rows = np.array([row for row, _ in embedded], np.int32)
+            carried += self._results.add(Increment(rows, old), kept=True)
+        return carried
+
+    async def _embed_owed(self) -> None:
+        owed = self._results.owed()
+        if not owed:
+            return
+        limits = self._tools.embedder.limits
+        texts = [self._texts[row] for row in owed]
+        tokens = await to_thread.run_sync(self._tools.embedder.estimate_tokens, texts)
+        self._tokens = dict(zip(owed, tokens, strict=True))
+        batches = [[owed[position] for position in batch] for batch in pack(tokens, limits=limits)]
+        if limits.padded:
+            # Long and short batches mixed, so that speed and remaining time are honest from the start.
+            random.Random(self._shard).shuffle(batches)
+        waiting = iter(batches)
+        try:
+            async with anyio.create_task_group() as work:
+                work.start_soon(self._keep_regularly)
+                async with anyio.create_task_group() as runners:
+                    for _ in range(min(limits.concurrency, len(batches))):
+                        runners.start_soon(self._run_batches, waiting)
+                work.cancel_scope.cancel()
+        finally:
+            if self._results.owed():
+                with anyio.CancelScope(shield=True):
+                    await self._keep()
+        if self._trouble is not None:
+            raise self._trouble
+
+    async def _run_batches(self, waiting: Iterator[list[int]]) -> None:
+        """Work off batches. Trouble in one lets the others finish what they have sent: it is paid for."""
+        while True:
+            async with self._tools.permits:
+                stopping = self._trouble is not None or self._tools.draining.is_set()
+                batch = None if stopping else next(waiting, None)
+                if batch is None:
+                    return
+                try:
+                    await self._embed(batch)
+                except EmbedmillError as error:
+                    self._trouble = self._trouble or error
+
+    async def _embed(self, rows: list[int]) -> None:
+        """Embed rows in one request; bisect when their content is refused, until the bad passage is alone."""
+        try:
+            embedding = await self._request(rows)
+        except InputRejected as error:
+            if len(rows) == 1:
+                self._fail(rows[0], code=error.code, cause=str(error))
+                return
+            middle = len(rows) // 2
+            await self._embed(rows[:middle])
+            await self._embed(rows[middle:])
+            return
+        report = inspect(embedding.vectors, [self._texts[row] for row in rows], dimensions=self._results.dimensions)
+        good = [position for position in range(len(rows)) if position not in report.bad]
+        self._add([rows[position] for position in good], embedding, positions=good)
+        for position, cause in report.bad.items():
+            if len(rows) == 1:
+                self._fail(rows[0], code="gate", cause=cause)
+            else:
+                await self._embed([rows[position]])
+
+    async def _request(self, rows: list[int]) -> Embedding:
+        """One answer whose shape holds; an answer that is malformed as a whole is asked for again."""
+        texts = [self._texts[row] for row in rows]
+        whole: str | None = None
+        for attempt in range(_MALFORMED_TRIES):
+            embedding = await embed_batch(
+                self._tools.embedder,
+                texts,
+                budget=self._tools.budget,
+                est_tokens=sum(self._tokens[row] for row in rows),
+                on_event=self._note,
+            )
+            whole = inspect(embedding.vectors, texts, dimensions=self._results.dimensions).whole
+            if whole is None:
+                return embedding
+            self._tools.counts.last_trouble = f"malformed answer: {whole}"
+            self._add([], embedding, positions=[])
+            await anyio.sleep(0.5 * 2**attempt)
+        raise JobFatalError(
+            f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
+        )
+
+    def _add(self, rows: list[int], embedding: Embedding, *, positions: list[int]) -> None:
+        truncated = tuple(rows[positions.index(p)] for p in embedding.truncated if p in positions)
+        increment = Increment(
+            rows=np.array(rows, dtype=np.int32),
+            vectors=embedding.vectors[positions] if positions else np.empty((0, self._results.dimensions), np.float32),
+            truncated=truncated,
+            billed_tokens=embedding.billed_tokens,
+            requests=1,
+        )
+        counts = self._tools.counts
+        counts.embedded += self._results.add(increment)
+        counts.tokens += embedding.billed_tokens
+        counts.requests += 1
+        counts.truncated += len(truncated)
+
+    def _fail(self, row: int, *, code: str, cause: str) -> None:
+        id_, version = self._ids[row]
+        none = np.empty((0, self._results.dimensions), np.float32)
+        failure = Failure(row, id_, version, code, cause)
+        self._results.add(Increment(np.empty(0, np.int32), none, failures=(failure,)))
+        self._tools.counts.failed += 1
+
+    async def _keep_regularly(self) -> None:
+        while True:
+            await anyio.sleep(CHECKPOINT_EVERY_S)
+            try:
+                await self._keep()
+            except StorageError as error:
+                self._trouble = self._trouble or error
+                return
+
+    async def _keep(self) -> None:
+        increment = self._results.take_unkept()
+        if increment.empty:
+            return
+
+        def keep() -> None:
+            self._checkpoint.keep(increment)
+            self._spend.add(self._shard, increment)
+
+        try:
+            await to_thread.run_sync(keep)
+        except BaseException:
+            self._results.put_back(increment)
+            raise
+        self._grown = True
+
+    async def _commit(self) -> Marker:
+        unkept = self._results.take_unkept()
+
+        def commit() -> Marker:
+            self._spend.add(self._shard, unkept)
+            return commit_shard(
+                self._dataset,
+                self._shard,
+                self._results,
+                origin=self._origin,
+                passages=self._ids,
+                attempt=self._attempt,
+                worker=self._tools.worker,
+            )
+
+        with anyio.CancelScope(shield=True):
+            return await to_thread.run_sync(commit)
+
+    def _note(self, attempt: Attempt) -> None:
+        counts = self._tools.counts
+        if attempt.outcome == RateLimited.code:
+            counts.rate_limited += 1
+        elif attempt.outcome != "ok":
+            counts.failed_requests += 1

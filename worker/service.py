@@ -1,0 +1,209 @@
+"""The worker: takes tasks, keeps their leases alive, and hands back what it cannot finish.
+
+Redis owns the lease. A worker that is told that a lease is lost drops the work at once; that it was late to notice is
+harmless, since everything it writes is created once, whoever creates it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio
+from anyio import to_thread
+
+from embedmill.dataset.dataset import Dataset
+from embedmill.embedder import Embedder
+from embedmill.errors import (
+    ConfigurationError,
+    CorruptStore,
+    EmbedmillError,
+    JobFatalError,
+    StorageError,
+    TransientError,
+)
+from scheduler.budget import RequestBudget
+from scheduler.queue import Lease, Queue
+
+from .commit import dead_letters
+from .embedding import ShardEmbedding, Tools, WorkerCounts
+
+_log = logging.getLogger("embedmill.worker")
+_IDLE_S = 1.0
+_STOPS_ALL = (JobFatalError, StorageError, CorruptStore, ConfigurationError)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lease that is ours, the work under it, and the way to stop that work."""
+
+    lease: Lease
+    scope: anyio.CancelScope
+    work: ShardEmbedding | None = None
+    settled: bool = False
+
+
+def worker_name() -> str:
+    """Unique per start of a process, so that a restarted worker is never taken for its former self."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+class Worker:
+    """Embeds shards until it is stopped. One per process; `run` may be called once."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        embedder: Embedder,
+        *,
+        budget: RequestBudget,
+        shards_in_flight: int = 2,
+        grace_s: float = 5.0,
+    ) -> None:
+        self._queue = queue
+        self._grace_s = grace_s
+        self._slots = shards_in_flight
+        self._datasets: dict[str, Dataset] = {}
+        self._held: dict[str, _Held] = {}
+        self._wake = anyio.Event()
+        self._fatal: EmbedmillError | None = None
+        self._tools = Tools(
+            embedder=embedder,
+            budget=budget,
+            worker=worker_name(),
+            permits=anyio.CapacityLimiter(embedder.limits.concurrency),
+            draining=anyio.Event(),
+        )
+
+    @property
+    def counts(self) -> WorkerCounts:
+        return self._tools.counts
+
+    def stop(self) -> None:
+        """Take no more tasks, finish the requests in flight within the grace time, hand the rest back."""
+        self._tools.draining.set()
+        self._wake.set()
+
+    async def run(self, *, on_commit: Callable[[int], None] | None = None) -> None:
+        """Work until `stop`. Raises what makes going on useless: a bad key, no balance, a full disk, a corrupt store."""
+        async with anyio.create_task_group() as background:
+            background.start_soon(self._listen)
+            background.start_soon(self._extend_regularly)
+            try:
+                async with anyio.create_task_group() as work:
+                    while not self._tools.draining.is_set():
+                        await self._take(work, on_commit)
+                    with anyio.move_on_after(self._grace_s):
+                        while self._held:
+                            await self._pause(self._grace_s)
+                    work.cancel_scope.cancel()
+            finally:
+                background.cancel_scope.cancel()
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def _take(self, work: anyio.abc.TaskGroup, on_commit: Callable[[int], None] | None) -> None:
+        free = self._slots - len(self._held)
+        leases: list[Lease] = []
+        if free > 0:
+            with anyio.CancelScope(shield=True):
+                leases = await self._queue.lease(self._tools.worker, count=free)
+        for lease in leases:
+            work.start_soon(self._work, lease, on_commit)
+        if not leases:
+            await self._pause(_IDLE_S)
+
+    async def _pause(self, timeout_s: float) -> None:
+        """Sleep until there may be something to do."""
+        with anyio.move_on_after(timeout_s):
+            await self._wake.wait()
+        if not self._tools.draining.is_set():
+            self._wake = anyio.Event()
+        else:
+            await anyio.sleep(0.02)
+
+    async def _listen(self) -> None:
+        seen = "0"
+        while True:
+            newest = await self._queue.wait_for_work(seen, timeout_s=_IDLE_S)
+            if newest != seen:
+                seen = newest
+                self._wake.set()
+
+    async def _extend_regularly(self) -> None:
+        while True:
+            await anyio.sleep(self._queue.lease_s / 4)
+            held = list(self._held.values())
+            if not held:
+                continue
+            progressed = [h.lease.task.id for h in held if h.work and h.work.progressed()]
+            try:
+                lost = await self._queue.extend([h.lease for h in held], progressed=progressed)
+            except TransientError as error:
+                _log.warning("leases were not extended: %s", error)
+                continue
+            for h in held:
+                if h.lease.task.id in lost and not h.settled:
+                    h.settled = True
+                    h.scope.cancel()
+
+    async def _work(self, lease: Lease, on_commit: Callable[[int], None] | None) -> None:
+        with anyio.CancelScope() as scope:
+            try:
+                await self._embed(lease, scope, on_commit)
+            except TransientError as error:
+                await self._later(lease, error)
+            except _STOPS_ALL as error:
+                self._give_up(error)
+            except Exception as error:
+                _log.exception("shard %s", lease.task.shard)
+                self._give_up(EmbedmillError(f"shard {lease.task.shard} failed in an unforeseen way: {error!r}"))
+            finally:
+                await self._let_go(lease)
+
+    async def _embed(self, lease: Lease, scope: anyio.CancelScope, on_commit: Callable[[int], None] | None) -> None:
+        held = _Held(lease, scope)
+        self._held[lease.task.id] = held
+        dataset = await to_thread.run_sync(self._dataset, lease.task.dataset)
+        held.work = ShardEmbedding(self._tools, dataset, lease.task.shard)
+        marker = await held.work.run()
+        if marker is None:
+            return
+        with anyio.CancelScope(shield=True):
+            await self._queue.finish(lease.task, dead=dead_letters(marker, lease.task))
+            held.settled = True
+            self._tools.counts.shards += 1
+        if on_commit is not None:
+            on_commit(lease.task.shard)
+
+    async def _later(self, lease: Lease, error: TransientError) -> None:
+        delay_s = min(60.0, error.retry_after_s or 2.0 ** min(lease.attempts, 6))
+        self._tools.counts.last_trouble = f"{error}; shard {lease.task.shard} goes on in {delay_s:.0f} s"
+        _log.warning("%s", self._tools.counts.last_trouble)
+        with anyio.CancelScope(shield=True):
+            await self._queue.retry(lease, delay_s=delay_s)
+        self._held[lease.task.id].settled = True
+
+    async def _let_go(self, lease: Lease) -> None:
+        """Hand back what is not settled: drained, cancelled or failed."""
+        held = self._held.pop(lease.task.id)
+        self._wake.set()
+        if not held.settled:
+            with anyio.move_on_after(3, shield=True):
+                await self._queue.release(lease)
+
+    def _give_up(self, error: EmbedmillError) -> None:
+        if self._fatal is None:
+            self._fatal = error
+        self.stop()
+
+    def _dataset(self, url: str) -> Dataset:
+        if url not in self._datasets:
+            dataset = Dataset.open(url)
+            dataset.require(self._tools.embedder.spec)
+            self._datasets[url] = dataset
+        return self._datasets[url]
