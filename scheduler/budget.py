@@ -108,8 +108,7 @@ class Budget:
         """
         grant = Grant(max(1, est_tokens))
         try:
-            wait_s = await self._granted(grant)
-            await self._sleep_until(anyio.current_time() + wait_s)
+            await self._wait_for_turn(grant)
             grant.outcome = "unknown"
             yield grant
         finally:
@@ -120,6 +119,16 @@ class Budget:
     async def hold(self, seconds: float) -> None:
         """Let nothing start for so long: for a budget that was lost with requests of the last window behind it."""
         await self._connection.script("hold", self._keys[:1], [math.ceil(seconds * 1000)])
+
+    async def _wait_for_turn(self, grant: Grant) -> None:
+        while True:
+            wait_s = await self._granted(grant)
+            await anyio.sleep(wait_s)
+            if self._closed_until <= anyio.current_time():
+                return
+            # Another task's refusal closed the key meanwhile: a later turn must be counted where it falls.
+            await self._settle(grant)
+            grant.op = uuid.uuid4().hex
 
     async def _granted(self, grant: Grant) -> float:
         """Seconds until the start that was given."""
@@ -146,12 +155,6 @@ class Budget:
             return
         with anyio.move_on_after(jittered):
             await self._permit_back.wait()
-
-    async def _sleep_until(self, start: float) -> None:
-        """Sleep, and longer when the key is closed meanwhile: another task's settling tells."""
-        await anyio.sleep_until(start)
-        while (until := self._closed_until) > anyio.current_time():  # noqa: ASYNC110
-            await anyio.sleep_until(until)
 
     async def _settle(self, grant: Grant) -> None:
         refusal = grant.refusal or RateLimited("")

@@ -63,7 +63,7 @@ def cli(context: click.Context) -> None:
     if not any(argument in ("-h", "--help") for argument in sys.argv):
         check_environment(os.environ)
         settings = load_config()
-        context.default_map = {name: settings for name in _COMMANDS}
+        context.default_map = dict.fromkeys(_COMMANDS, settings)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +78,6 @@ def _status(arguments: list[str] | None) -> int:
         with cli.make_context("embedmill", arguments if arguments is not None else sys.argv[1:]) as ctx:
             context = ctx.meta
             result = cli.invoke(ctx)
-        return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except click.ClickException as error:
@@ -93,12 +92,18 @@ def _status(arguments: list[str] | None) -> int:
     except Exception as error:
         if context.get("embedmill.verbose"):
             logging.getLogger("embedmill").exception("the traceback, as -v asks for")
-        known = _known(error)
-        if known is not None:
-            _say(str(known))
-            return known.exit_status
-        _say(f"internal error: {error!r}; this is a bug: please report it, with the output of the same command and -v")
-        return EmbedmillError.exit_status
+        return _explain(error)
+    return result if isinstance(result, int) else 0
+
+
+def _explain(error: Exception) -> int:
+    """One line for the user, and the exit status."""
+    known = _known(error)
+    if known is not None:
+        _say(str(known))
+        return known.exit_status
+    _say(f"internal error: {error!r}; this is a bug: please report it, with the output of the same command and -v")
+    return EmbedmillError.exit_status
 
 
 def _known(error: BaseException) -> EmbedmillError | None:

@@ -1,4 +1,4 @@
-"""The options that commands share, each defined once: flag, environment variable (`EMBEDMILL_…`), key of `embedmill.toml`."""
+"""The options that commands share, each defined once: as a flag, as `EMBEDMILL_…`, and as a key of `embedmill.toml`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ _SHARED: dict[str, dict[str, Any]] = {
     "rpm": {"type": click.IntRange(min=1), "help": "Requests per minute that the key allows."},
     "tpm": {"type": click.IntRange(min=1), "help": "Tokens per minute that the key allows."},
     "concurrency": {"type": click.IntRange(min=1), "help": "Requests in flight."},
-    "text_field": {"metavar": "NAMES", "default": "text", "show_default": True, "help": "Fields that make the text, with commas between; joined by a blank line."},
+    "text_field": {
+        "metavar": "NAMES",
+        "default": "text",
+        "show_default": True,
+        "help": "Fields that make the text, with commas between.",
+    },
     "id_field": {"metavar": "NAME", "help": "Field of the id; else `id`, else `_id`, else FILE:LINE."},
-    "redis": {"metavar": "URL", "help": "A Redis or Valkey server (7.0 or newer); `run` brings its own when it is left out."},
+    "redis": {"metavar": "URL", "help": "A Redis or Valkey server, 7.0 or newer; `run` brings its own."},
     "namespace": {"default": "default", "show_default": True, "help": "Prefix that separates queues on one server."},
     "milvus": {"metavar": "URI", "help": "A path for Milvus Lite, or http(s)://HOST:PORT; token in MILVUS_TOKEN."},
     "collection": {"metavar": "NAME", "help": "Collection in Milvus; else the dataset's name."},
     "job": {"default": "main", "show_default": True, "help": "Name of the job in the dataset."},
-}  # fmt: skip
+}
 
 
 def shared(*names: str) -> Callable[[_Decorated], _Decorated]:

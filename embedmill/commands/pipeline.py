@@ -27,7 +27,6 @@ from worker.service import Worker
 from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
 from ..embedder import Embedder
-from ..errors import TransientError
 from ..sources.opening import Source
 from .progress import Snapshot, show
 

@@ -68,6 +68,7 @@ async def show(read: Callable[[], Snapshot], *, quiet: bool = False) -> None:
                 update(_table(_noted(read(), pace), pace))
                 await anyio.sleep(_LIVE_EVERY_S)
     else:
+        _noted(read(), pace)
         while True:
             await anyio.sleep(_PLAIN_EVERY_S)
             print(plain_line(_noted(read(), pace), pace), file=sys.stderr, flush=True)  # noqa: T201

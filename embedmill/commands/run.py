@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +20,16 @@ from scheduler.intake import Intake
 from worker.attempts import RetryPolicy, embed_batch
 
 from ..dataset.dataset import Dataset, now_iso
-from ..dataset.layout import Job
+from ..dataset.layout import Job, JobState
 from ..dataset.store import LocalStore
-from ..dataset.summary import DatasetSummary, summarize
+from ..dataset.summary import summarize
 from ..embedder import Embedder
-from ..errors import ConfigurationError
-from ..sources import FieldRules, Source, open_source
+from ..errors import ConfigurationError, JobFatalError
+from ..sources import FieldRules, open_source
 from .embedders import ModelChoice, make_budget, make_embedder
 from .options import output_options, shared, split_names
-from .pipeline import Outcome, Pipeline, open_queue
-from .progress import duration
+from .pipeline import Pipeline, open_queue
+from .report import RunEnded, report
 
 if TYPE_CHECKING:
     from loader.service import Loader
@@ -134,16 +132,21 @@ async def _run(request: RunRequest) -> int:
                 loader = await _open_loader(dataset, request)
                 index = await to_thread.run_sync(dataset.open_index)
                 admitter = Admitter(dataset, index, job=request.job)
-                intake = Intake(admitter, queue, rejects=_folder(dataset) / "rejects", limit=request.limit)
+                intake = Intake(admitter, queue, rejects=dataset_folder(dataset) / "rejects", limit=request.limit)
                 pipeline = Pipeline(
                     dataset, index, queue,
                     embedder=embedder, budget=budget, intake=intake, admitter=admitter, loader=loader,
                 )  # fmt: skip
-                _set_job(dataset, request, state="running")
-                outcome = await pipeline.run(sources, quiet=request.as_json)
+                remember_job(dataset, request.job, request.sources)
+                try:
+                    outcome = await pipeline.run(sources, quiet=request.as_json)
+                except* JobFatalError as group:
+                    remember_job(dataset, request.job, (), state="paused", reason=str(group.exceptions[0]))
+                    raise
     finally:
         await embedder.aclose()
-    return _report(request, dataset, sources, pipeline, intake, outcome, loader)
+    ended = RunEnded(request.to, request.milvus if loader else None, loader, pipeline.worker.counts, intake, outcome)
+    return report(ended, summarize(dataset), as_json=request.as_json)
 
 
 def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:
@@ -173,18 +176,19 @@ async def _open_loader(dataset: Dataset, request: RunRequest) -> Loader | None:
     return loader
 
 
-def _set_job(dataset: Dataset, request: RunRequest, *, state: Any, reason: str = "") -> None:
-    known = dataset.job(request.job)
-    sources = known.sources if known else ()
-    added = tuple(source for source in request.sources if source not in sources)
-    created_at = known.created_at if known else now_iso()
-    dataset.write_job(Job(request.job, state=state, reason=reason, sources=sources + added, created_at=created_at))
+def remember_job(
+    dataset: Dataset, job: str, sources: Sequence[str], *, state: JobState = "running", reason: str = ""
+) -> None:
+    """Note in the dataset what the job reads and whether it goes on."""
+    known = dataset.job(job) or Job(job, created_at=now_iso())
+    added = tuple(source for source in sources if source not in known.sources)
+    dataset.write_job(replace(known, state=state, reason=reason, sources=known.sources + added))
 
 
 @contextmanager
 def _exclusively(dataset: Dataset) -> Iterator[None]:
     """One `run` per dataset: a second one would pay for the same passages again."""
-    path = _folder(dataset) / ".run.lock"
+    path = dataset_folder(dataset) / ".run.lock"
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,99 +199,8 @@ def _exclusively(dataset: Dataset) -> Iterator[None]:
         yield
 
 
-def _folder(dataset: Dataset) -> Path:
+def dataset_folder(dataset: Dataset) -> Path:
+    """Where the files beside the dataset go: rejects and locks."""
     if not isinstance(dataset.store, LocalStore):
         raise ConfigurationError(f"{dataset.url}: run writes to a folder")
     return dataset.store.root
-
-
-def _report(
-    request: RunRequest,
-    dataset: Dataset,
-    sources: Sequence[Source],
-    pipeline: Pipeline,
-    intake: Intake,
-    outcome: Outcome,
-    loader: Loader | None,
-) -> int:
-    summary = summarize(dataset)
-    status = 3 if outcome.stopped else int(summary.failed > 0 or intake.rejected > 0)
-    if request.as_json:
-        click.echo(json.dumps(_as_record(request, summary, pipeline, intake, outcome, loader, status)))
-    else:
-        for line in _lines(request, summary, pipeline, intake, outcome, loader):
-            click.echo(line)
-    return status
-
-
-def _lines(
-    request: RunRequest,
-    summary: DatasetSummary,
-    pipeline: Pipeline,
-    intake: Intake,
-    outcome: Outcome,
-    loader: Loader | None,
-) -> Iterator[str]:
-    counts, admitted = pipeline.worker.counts, outcome.admitted
-    yield "Stopped before the end; nothing is lost." if outcome.stopped else "Done."
-    yield f"  documents   {admitted.new:,} new, {admitted.updated:,} changed, {admitted.unchanged:,} unchanged"
-    yield f"  passages    {summary.embedded:,} embedded of {summary.admitted:,} ({counts.embedded:,} now)"
-    yield f"  tokens      {counts.tokens:,} in {counts.requests:,} requests; {counts.truncated:,} passages were cut to the model's limit"
-    if counts.rate_limited or counts.failed_requests:
-        yield f"  retried     {counts.rate_limited:,} rate-limited, {counts.failed_requests:,} failed requests"
-    if summary.failed:
-        yield f"  failed      {summary.failed:,}; see: embedmill status {shlex.quote(request.to)} --failed"
-    for path, count in intake.reject_files.items():
-        yield f"  rejected    {count:,} records, listed with their lines in {path}"
-    yield f"  time        {duration(outcome.seconds)}"
-    yield f"  dataset     {request.to}"
-    if loader is not None:
-        yield f"  milvus      {request.milvus}, collection {loader.collection} ({loader.counts.rows_upserted:,} rows now)"
-    yield f"Next: {_next_command(request, outcome, loader)}"
-
-
-def _next_command(request: RunRequest, outcome: Outcome, loader: Loader | None) -> str:
-    if outcome.stopped:
-        return "run the same command again to go on"
-    if loader is not None:
-        return f'embedmill search "your question" --milvus {shlex.quote(str(request.milvus))}'
-    return f"embedmill verify {shlex.quote(request.to)}"
-
-
-def _as_record(
-    request: RunRequest,
-    summary: DatasetSummary,
-    pipeline: Pipeline,
-    intake: Intake,
-    outcome: Outcome,
-    loader: Loader | None,
-    status: int,
-) -> dict[str, Any]:
-    counts = pipeline.worker.counts
-    return {
-        "status": status,
-        "stopped": outcome.stopped,
-        "dataset": request.to,
-        "milvus": request.milvus,
-        "collection": loader.collection if loader else None,
-        "documents": {
-            "new": outcome.admitted.new,
-            "changed": outcome.admitted.updated,
-            "unchanged": outcome.admitted.unchanged,
-            "rejected": intake.rejected,
-        },
-        "passages": summary.as_dict(),
-        "now": {
-            "embedded": counts.embedded,
-            "adopted": counts.adopted,
-            "failed": counts.failed,
-            "tokens": counts.tokens,
-            "requests": counts.requests,
-            "truncated": counts.truncated,
-            "rate_limited": counts.rate_limited,
-            "failed_requests": counts.failed_requests,
-        },
-        "rejects": [str(path) for path in intake.reject_files],
-        "loaded": loader.counts.rows_upserted if loader else None,
-        "seconds": round(outcome.seconds, 3),
-    }

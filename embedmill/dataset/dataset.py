@@ -24,7 +24,7 @@ from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
 from .passages import Passage, ShardOrigin, decode_passages, encode_passages, passages_table
 from .shard import crc32c, decode_shard, encode_shard
 from .store import LocalStore, Store, open_store
-from .zarr_metadata import create_metadata, raise_shape
+from .zarr_metadata import create_metadata, raise_shape, shape_of
 
 
 def now_iso() -> str:
@@ -205,19 +205,19 @@ class Dataset:
 
     def publish_shape(self) -> int:
         """Raise the array's shape to the end of the highest committed shard, for readers; the rows it covers."""
-        markers = layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json")
-        if not markers:
-            return 0
-        rows = markers[-1] * self.info.shard_rows + self._require_marker(markers[-1]).rows
+        rows = self._end_of_committed()
         while True:
             current = self.store.read(layout.ZARR_ARRAY_KEY)
             raised = raise_shape(current, rows=rows, name=self._name(layout.ZARR_ARRAY_KEY))
             if raised is None:
                 return rows
-            try:
+            with suppress(ObjectChanged):
                 self.store.swap(layout.ZARR_ARRAY_KEY, raised, expected=current)
-            except ObjectChanged:
-                continue
+
+    def unpublished_rows(self) -> int:
+        """Rows at the end of the array that its shape does not show yet."""
+        current = self.store.read(layout.ZARR_ARRAY_KEY)
+        return max(0, self._end_of_committed() - shape_of(current, name=self._name(layout.ZARR_ARRAY_KEY)))
 
     def job(self, job: str) -> Job | None:
         key = layout.job_key(job)
@@ -241,6 +241,12 @@ class Dataset:
             except ObjectChanged:
                 continue
             return job
+
+    def _end_of_committed(self) -> int:
+        markers = layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json")
+        if not markers:
+            return 0
+        return markers[-1] * self.info.shard_rows + self._require_marker(markers[-1]).rows
 
     def _require_marker(self, shard: int) -> Marker:
         marker = self.marker(shard)

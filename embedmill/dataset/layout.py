@@ -29,6 +29,7 @@ COMMITS_FOLDER = "commits"
 RETIREMENTS_FOLDER = "retirements"
 JOBS_FOLDER = "jobs"
 
+JobState = Literal["running", "paused", "cancelled"]
 Status = Literal["owed", "embedded", "failed", "deleted", "cancelled"]
 STATUSES: tuple[Status, ...] = ("owed", "embedded", "failed", "deleted", "cancelled")
 OWED, EMBEDDED, FAILED, DELETED, CANCELLED = range(len(STATUSES))
@@ -242,8 +243,8 @@ class Job:
     """`jobs/JOB.json`: what was asked for, and whether it goes on. Changed by compare-and-swap only."""
 
     id: str
-    lane: str = "bulk"
-    state: Literal["running", "paused", "cancelled"] = "running"
+    lane: Literal["live", "bulk"] = "bulk"
+    state: JobState = "running"
     reason: str = ""
     sources: tuple[str, ...] = ()
     caps: Mapping[str, int] = field(default_factory=dict)

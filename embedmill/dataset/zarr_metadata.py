@@ -36,14 +36,19 @@ def create_metadata(info: DatasetInfo) -> tuple[bytes, bytes]:
 
 def raise_shape(metadata: bytes, *, rows: int, name: str) -> bytes | None:
     """The array's metadata with at least `rows` rows; None when it has them already. Never lowers."""
+    if shape_of(metadata, name=name) >= rows:
+        return None
+    record: dict[str, Any] = json.loads(metadata)
+    record["shape"][0] = rows
+    return json.dumps(record, indent=2).encode()
+
+
+def shape_of(metadata: bytes, *, name: str) -> int:
+    """Rows that the array's metadata shows."""
     try:
-        record: dict[str, Any] = json.loads(metadata)
-        if record["shape"][0] >= rows:
-            return None
-        record["shape"][0] = rows
+        return int(json.loads(metadata)["shape"][0])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise CorruptStore(f"{name} is not the metadata of the vector array: {error}") from error
-    return json.dumps(record, indent=2).encode()
 
 
 def _read(store: zarr.storage.MemoryStore, key: str) -> bytes:

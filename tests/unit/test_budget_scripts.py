@@ -112,7 +112,6 @@ async def test_no_window_passes_a_limit_and_the_quota_is_used(clock, connection,
     sent, used = len(arrivals), sum(held for _, held in arrivals)
     assert peak(arrivals, 60, lambda held: held) <= limits["tpm"] * allowed
     assert peak(arrivals, 60, lambda _: 1) <= limits.get("rpm", 10**9)
-    print("UTIL", used / (limits["tpm"] * 3), sent / (limits.get("rpm", 10**9) * 3), peak(arrivals, 60, lambda h: h)/limits["tpm"], peak(arrivals, 60, lambda h: 1))
     assert max(used / (limits["tpm"] * 3), sent / (limits.get("rpm", 10**9) * 3)) > 0.9
 
 

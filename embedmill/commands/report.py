@@ -1,0 +1,113 @@
+"""What `run` says when it has ended: for people, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from scheduler.intake import Intake
+from worker.embedding import WorkerCounts
+
+from ..dataset.summary import DatasetSummary
+from .pipeline import Outcome
+from .progress import duration
+
+if TYPE_CHECKING:
+    from loader.service import Loader
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """All that a finished run knows. `milvus` and `loader` are None without Milvus."""
+
+    to: str
+    milvus: str | None
+    loader: Loader | None
+    counts: WorkerCounts
+    intake: Intake
+    outcome: Outcome
+
+    def status(self, summary: DatasetSummary) -> int:
+        """0 all done; 1 done, but some documents were rejected or failed; 3 stopped before the end."""
+        if self.outcome.stopped:
+            return 3
+        return int(summary.failed > 0 or self.intake.rejected > 0)
+
+
+def report(ended: RunEnded, summary: DatasetSummary, *, as_json: bool) -> int:
+    """Print the summary; the exit status."""
+    status = ended.status(summary)
+    if as_json:
+        click.echo(json.dumps(_as_record(ended, summary, status)))
+        return status
+    for line in _lines(ended, summary):
+        click.echo(line)
+    return status
+
+
+def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
+    counts, admitted = ended.counts, ended.outcome.admitted
+    yield "Stopped before the end; nothing is lost." if ended.outcome.stopped else "Done."
+    nothing = not (admitted.new or admitted.updated or admitted.unchanged)
+    words = f"{admitted.new:,} new, {admitted.updated:,} changed, {admitted.unchanged:,} unchanged"
+    yield f"  documents   {'none that had not been read before' if nothing else words}"
+    yield f"  passages    {summary.embedded:,} embedded of {summary.admitted:,} ({counts.embedded:,} now)"
+    yield f"  tokens      {counts.tokens:,} in {counts.requests:,} requests"
+    if counts.truncated:
+        yield f"  cut         {counts.truncated:,} passages, to the model's limit"
+    if counts.rate_limited or counts.failed_requests:
+        yield f"  retried     {counts.rate_limited:,} rate-limited, {counts.failed_requests:,} failed requests"
+    if summary.failed:
+        yield f"  failed      {summary.failed:,}; see: embedmill status {shlex.quote(ended.to)} --failed"
+    for path, count in ended.intake.reject_files.items():
+        yield f"  rejected    {count:,} records, listed with their lines in {path}"
+    yield f"  time        {duration(ended.outcome.seconds)}"
+    yield f"  dataset     {ended.to}"
+    if ended.loader is not None:
+        rows = f"{ended.loader.counts.rows_upserted:,} rows now"
+        yield f"  milvus      {ended.milvus}, collection {ended.loader.collection} ({rows})"
+    yield f"Next: {_next_command(ended)}"
+
+
+def _next_command(ended: RunEnded) -> str:
+    if ended.outcome.stopped:
+        return "run the same command again to go on"
+    if ended.milvus is not None:
+        return f'embedmill search "your question" --milvus {shlex.quote(ended.milvus)}'
+    return f"embedmill verify {shlex.quote(ended.to)}"
+
+
+def _as_record(ended: RunEnded, summary: DatasetSummary, status: int) -> dict[str, Any]:
+    counts, admitted, loader = ended.counts, ended.outcome.admitted, ended.loader
+    return {
+        "status": status,
+        "stopped": ended.outcome.stopped,
+        "dataset": ended.to,
+        "milvus": ended.milvus,
+        "collection": loader.collection if loader else None,
+        "documents": {
+            "new": admitted.new,
+            "changed": admitted.updated,
+            "unchanged": admitted.unchanged,
+            "rejected": ended.intake.rejected,
+        },
+        "passages": summary.as_dict(),
+        "now": {
+            "embedded": counts.embedded,
+            "adopted": counts.adopted,
+            "failed": counts.failed,
+            "tokens": counts.tokens,
+            "requests": counts.requests,
+            "truncated": counts.truncated,
+            "rate_limited": counts.rate_limited,
+            "failed_requests": counts.failed_requests,
+        },
+        "rejects": [str(path) for path in ended.intake.reject_files],
+        "loaded": loader.counts.rows_upserted if loader else None,
+        "seconds": round(ended.outcome.seconds, 3),
+    }

@@ -1,0 +1,105 @@
+"""`embedmill scheduler` and `embedmill worker`: the services that operators run, on a Redis that they share."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import click
+from anyio import to_thread
+
+from scheduler.queue import Queue
+from scheduler.service import check_durability, run_scheduler
+from worker.service import Worker
+
+from ..dataset.dataset import Dataset
+from ..errors import ConfigurationError
+from .embedders import ModelChoice, make_budget, make_embedder
+from .options import shared
+from .pipeline import open_queue
+
+
+@click.command()
+@click.argument("datasets", nargs=-1, required=True, metavar="DATASET...")
+@shared("redis", "namespace")
+def scheduler(datasets: tuple[str, ...], redis: str | None, namespace: str) -> int:
+    """Keep the queue in Redis true to DATASET...: whatever is admitted and not committed gets a task."""
+    _log_to_stderr()
+    return anyio.run(_scheduler, datasets, require_redis(redis), namespace)
+
+
+@click.command()
+@shared("redis", "namespace", "model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency")
+def worker(redis: str | None, namespace: str, **options: Any) -> int:
+    """Take tasks from Redis and embed them, until SIGTERM. Start as many as you like, anywhere that sees the datasets."""
+    _log_to_stderr()
+    return anyio.run(_worker, require_redis(redis), namespace, ModelChoice(**options))
+
+
+def require_redis(redis: str | None) -> str:
+    if redis is None:
+        raise ConfigurationError(
+            "name a server with --redis URL or EMBEDMILL_REDIS, for example redis://localhost:6379/0"
+        )
+    return redis
+
+
+async def _scheduler(datasets: tuple[str, ...], redis: str, namespace: str) -> int:
+    opened = [Dataset.open(url) for url in datasets]
+    async with open_service(redis, namespace) as queue:
+        stopping = anyio.Event()
+        async with until_signal(stopping.set):
+            await run_scheduler(opened, queue, stopping=stopping)
+    return 0
+
+
+async def _worker(redis: str, namespace: str, choice: ModelChoice) -> int:
+    embedder = await to_thread.run_sync(make_embedder, choice)
+    try:
+        async with open_queue(redis, namespace=namespace) as (connection, queue):
+            check_durability(await connection.check(), url=connection.shown)
+            service = Worker(queue, embedder, budget=make_budget(choice, connection, namespace=namespace), grace_s=25)
+            logging.getLogger("embedmill").info("worker for %s on %s", choice.model, connection.shown)
+            async with until_signal(service.stop):
+                await service.run(
+                    on_commit=lambda shard: logging.getLogger("embedmill").info("shard %d committed", shard)
+                )
+    finally:
+        await embedder.aclose()
+    return 0
+
+
+@asynccontextmanager
+async def open_service(redis: str, namespace: str) -> AsyncIterator[Queue]:
+    """A queue on a server that may be trusted with one."""
+    async with open_queue(redis, namespace=namespace) as (connection, queue):
+        check_durability(await connection.check(), url=connection.shown)
+        yield queue
+
+
+@asynccontextmanager
+async def until_signal(stop: Callable[[], object]) -> AsyncIterator[None]:
+    """Call `stop` at the first SIGTERM or SIGINT; cancel the body at the second."""
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                first = True
+                async for _ in signals:
+                    if not first:
+                        group.cancel_scope.cancel()
+                        return
+                    first = False
+                    stop()
+
+        group.start_soon(watch)
+        yield
+        group.cancel_scope.cancel()
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)

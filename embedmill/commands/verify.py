@@ -1,0 +1,75 @@
+"""`embedmill verify`: accepted = embedded + failed + deleted = stored = loaded, with an exit status."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anyio
+import click
+from anyio import to_thread
+
+from ..dataset.dataset import Dataset
+from ..dataset.verification import DatasetReport, verify_dataset
+from .options import output_options, shared
+
+_SHOWN_PROBLEMS = 20
+_EPILOG = """\b
+Exit status: 0 everything holds; 1 it holds, and some documents failed; 3 some are not embedded yet;
+4 a difference was found.
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("dataset", metavar="DATASET")
+@shared("milvus", "collection")
+@output_options
+def verify(dataset: str, milvus: str | None, collection: str | None, as_json: bool) -> int:
+    """Read DATASET back and hold documents, markers and vectors against each other; with --milvus, what it serves too."""
+    return anyio.run(_verify, Dataset.open(dataset), milvus, collection, as_json)
+
+
+async def _verify(dataset: Dataset, milvus: str | None, collection: str | None, as_json: bool) -> int:
+    report = await to_thread.run_sync(verify_dataset, dataset)
+    target = await _verify_target(dataset, milvus, collection) if milvus is not None and report.passed else None
+    status = _status(report, target)
+    if as_json:
+        click.echo(json.dumps({"status": status, **report.as_dict(), "milvus": target.as_dict() if target else None}))
+        return status
+    _print_dataset(dataset, report)
+    if target is not None:
+        for line in target.lines():
+            click.echo(line)
+    return status
+
+
+async def _verify_target(dataset: Dataset, milvus: str, collection: str | None) -> Any:
+    from loader.target import MilvusTarget
+    from loader.verification import verify_target
+
+    async with MilvusTarget(milvus, collection=collection) as target:
+        return await verify_target(dataset, target)
+
+
+def _status(report: DatasetReport, target: Any) -> int:
+    if not report.passed or report.summary is None or (target is not None and not target.passed):
+        return 4
+    if report.summary.owed:
+        return 3
+    return int(report.summary.failed > 0)
+
+
+def _print_dataset(dataset: Dataset, report: DatasetReport) -> None:
+    for problem in report.problems[:_SHOWN_PROBLEMS]:
+        click.echo(f"  {problem.object}: {problem.text}")
+    if len(report.problems) > _SHOWN_PROBLEMS:
+        click.echo(f"  ... and {len(report.problems) - _SHOWN_PROBLEMS:,} more; --json gives all")
+    summary = report.summary
+    if summary is None:
+        click.echo(f"{dataset.url}: {len(report.problems):,} differences found")
+        return
+    click.echo(
+        f"{dataset.url}: {summary.admitted:,} accepted = {summary.embedded:,} embedded + {summary.failed:,} failed"
+        f" + {summary.deleted:,} deleted + {summary.cancelled:,} cancelled + {summary.owed:,} owed"
+    )
+    click.echo(f"every checksum holds ({report.bytes_read / 1e6:,.1f} MB read back in {summary.shards:,} shards)")

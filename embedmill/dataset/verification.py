@@ -1,0 +1,136 @@
+"""Proof of a dataset: the log, the markers and the vectors read back and held against each other, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from ..errors import CorruptStore
+from . import layout
+from .dataset import Dataset, describe
+from .layout import Marker
+from .passages import decode_passages
+from .summary import DatasetSummary, summarize
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it must be: the object that it concerns, and a sentence."""
+
+    object: str
+    text: str
+
+
+@dataclass(slots=True)
+class DatasetReport:
+    """The result. `summary` is None when the log itself cannot be read."""
+
+    summary: DatasetSummary | None = None
+    problems: list[Problem] = field(default_factory=list)
+    bytes_read: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "passed": self.passed,
+            "passages": self.summary.as_dict() if self.summary else None,
+            "problems": [asdict(problem) for problem in self.problems],
+            "bytes_read": self.bytes_read,
+        }
+
+
+def verify_dataset(dataset: Dataset, *, on_shard: Callable[[int], None] | None = None) -> DatasetReport:
+    """Read everything back and check it. Never stops at the first problem. Blocking, bounded memory: a shard at a time."""
+    report = DatasetReport()
+    try:
+        admitted = dataset.admitted()
+    except CorruptStore as error:
+        report.problems.append(Problem(layout.DOCUMENTS_FOLDER, str(error)))
+        return report
+    markers = set(layout.numbers(dataset.store.names(layout.COMMITS_FOLDER), suffix=".json"))
+    for orphan in sorted(markers - set(admitted)):
+        report.problems.append(Problem(layout.commit_key(orphan), "a marker without documents"))
+    for shard in admitted:
+        try:
+            report.problems.extend(_check_shard(dataset, shard, report))
+        except CorruptStore as error:
+            report.problems.append(Problem(layout.commit_key(shard), str(error)))
+        if on_shard is not None:
+            on_shard(shard)
+    report.problems.extend(_check_shape(dataset))
+    if report.passed:
+        report.summary = summarize(dataset)
+    return report
+
+
+def _check_shard(dataset: Dataset, shard: int, report: DatasetReport) -> Iterator[Problem]:
+    key = layout.documents_key(shard)
+    data = dataset.store.read(key)
+    report.bytes_read += len(data)
+    marker = dataset.marker(shard)
+    try:
+        table, origin = decode_passages(data, name=key)
+    except CorruptStore as error:
+        yield Problem(key, str(error))
+        return
+    if origin.shard != shard:
+        yield Problem(key, f"it says that it is shard {origin.shard}")
+    if marker is None:
+        return
+    if marker.objects.get(key) != describe(data):
+        yield Problem(key, "not the object that was committed: size or checksum differ")
+    if marker.rows != table.num_rows:
+        yield Problem(layout.commit_key(shard), f"statuses of {marker.rows} rows for {table.num_rows} documents")
+        return
+    if marker.fingerprint != dataset.info.embedder.fingerprint:
+        yield Problem(layout.commit_key(shard), "vectors of another embedder")
+    yield from _check_statuses(marker, deleted=np.array(table["deleted"].to_pylist(), dtype=bool))
+    yield from _check_vectors(dataset, marker, report)
+
+
+def _check_statuses(marker: Marker, *, deleted: np.ndarray) -> Iterator[Problem]:
+    key = layout.commit_key(marker.shard)
+    owed = marker.count(layout.OWED)
+    if owed:
+        yield Problem(key, f"committed, and {owed} rows are still owed")
+    failed = {int(row) for row in np.flatnonzero(marker.statuses == layout.FAILED)}
+    if failed != {failure.row for failure in marker.failures}:
+        yield Problem(key, f"{len(failed)} failed rows and the causes of {len(marker.failures)}")
+    if (deleted & (marker.statuses == layout.EMBEDDED)).any():
+        yield Problem(key, "deleted rows are marked as embedded")
+
+
+def _check_vectors(dataset: Dataset, marker: Marker, report: DatasetReport) -> Iterator[Problem]:
+    key = layout.vectors_key(marker.shard)
+    embedded = marker.statuses == layout.EMBEDDED
+    promised = marker.objects.get(key)
+    if promised is None:
+        if embedded.any():
+            yield Problem(key, f"{int(embedded.sum())} embedded rows, and no vectors were committed")
+        return
+    try:
+        values = dataset.vectors(marker.shard)
+    except CorruptStore as error:
+        yield Problem(key, str(error))
+        return
+    report.bytes_read += promised.bytes
+    bad = embedded & ~(np.isfinite(values).all(axis=1) & values.any(axis=1))
+    if bad.any():
+        yield Problem(
+            key, f"{int(bad.sum())} embedded rows without a usable vector, the first is row {int(bad.argmax())}"
+        )
+
+
+def _check_shape(dataset: Dataset) -> Iterator[Problem]:
+    try:
+        missing = dataset.unpublished_rows()
+    except CorruptStore as error:
+        yield Problem(layout.ZARR_ARRAY_KEY, str(error))
+        return
+    if missing:
+        yield Problem(layout.ZARR_ARRAY_KEY, f"the array's shape hides {missing} committed rows from other readers")

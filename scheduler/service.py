@@ -1,0 +1,46 @@
+"""The scheduler: keeps the queue true to the datasets, and the arrays' shapes true to what is committed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import anyio
+from anyio import to_thread
+
+from embedmill.dataset.dataset import Dataset
+from embedmill.errors import ConfigurationError, TransientError
+
+from .queue import Queue
+from .reconcile import reconcile
+
+_log = logging.getLogger("embedmill.scheduler")
+
+
+def check_durability(server: Mapping[str, str], *, url: str) -> None:
+    """Refuse a Redis that may drop keys, and warn of one that forgets at its end. `server` is its INFO."""
+    policy = server.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        raise ConfigurationError(
+            f"Redis at {url} may evict keys (maxmemory-policy {policy}): set it to noeviction, or the queue loses tasks"
+        )
+    if server.get("aof_enabled") == "0":
+        _log.warning("Redis at %s has no append-only file: after a crash the queue is rebuilt from the dataset", url)
+
+
+async def run_scheduler(
+    datasets: Sequence[Dataset], queue: Queue, *, stopping: anyio.Event, every_s: float = 5.0
+) -> None:
+    """Reconcile the datasets with the queue, again and again, until `stopping` is set."""
+    while not stopping.is_set():
+        for dataset in datasets:
+            try:
+                added = await reconcile(dataset, queue)
+            except TransientError as error:
+                _log.warning("%s", error)
+                continue
+            if added:
+                _log.info("%s: %d shards were owed and not queued", dataset.url, added)
+            await to_thread.run_sync(dataset.publish_shape)
+        with anyio.move_on_after(every_s):
+            await stopping.wait()

@@ -1,0 +1,514 @@
+"""Datasets into a real Milvus Lite, and questions to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedmill.dataset import layout
+from embedmill.dataset.dataset import Dataset, Marker, ShardOrigin, now_iso
+from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED
+from embedmill.dataset.passages import Passage
+from embedmill.documents import hash16
+from embedmill.embedder import EmbedderSpec
+from embedmill.errors import ConfigurationError
+from embedmill.messages import Task
+from loader.description import CollectionDescription
+from loader.ledger import Ledger, LedgerTarget
+from loader.search import search
+from loader.service import Loader
+from loader.target import MilvusTarget, open_target
+from loader.verification import verify_target
+from scheduler.connection import FAKE_URL, Connection
+from scheduler.queue import Queue
+from worker.embedders.null import NullEmbedder, hash_vectors
+
+DIMENSIONS = 8
+Row = tuple[str, int, int]
+"""(id, version, status)."""
+
+
+def make_dataset(folder: Path, *, dimensions: int = DIMENSIONS) -> Dataset:
+    return Dataset.open_or_create(str(folder), embedder=NullEmbedder(dimensions).spec)
+
+
+def text_of(id_: str, version: int) -> str:
+    return f"the {id_} in version {version}"
+
+
+def admit(dataset: Dataset, shard: int, rows: Sequence[Row], *, texts: dict[str, str] | None = None) -> None:
+    passages = []
+    for id_, version, status in rows:
+        text = (texts or {}).get(id_, text_of(id_, version))
+        metadata = json.dumps({"version": version, "kind": "even" if version % 2 == 0 else "odd"})
+        passages.append(
+            Passage(id_, text, metadata, version, hash16(text), hash16(metadata), deleted=status == DELETED)
+        )
+    dataset.append_passages(shard, passages, origin=ShardOrigin(shard, "main"))
+
+
+def commit(dataset: Dataset, shard: int, rows: Sequence[Row]) -> None:
+    statuses = np.array([row[2] for row in rows], dtype=np.uint8)
+    texts: list[str] = [str(text) for text in dataset.documents(shard)[0].column("text").to_pylist()]
+    vectors: NDArray[np.float32] = hash_vectors(texts, dataset.info.dimensions)
+    vectors[statuses != EMBEDDED] = np.nan
+    stored = dataset.create_vectors(shard, vectors)
+    objects = {layout.vectors_key(shard): stored}
+    dataset.commit(
+        Marker(shard, statuses, dataset.info.embedder.fingerprint, "attempt", "worker", now_iso(), objects=objects)
+    )
+
+
+def add(dataset: Dataset, *shards: Sequence[Row]) -> None:
+    for rows in shards:
+        shard = len(dataset.admitted())
+        admit(dataset, shard, rows)
+        commit(dataset, shard, rows)
+
+
+def embedded(count: int, *, version: int = 1, start: int = 0) -> list[Row]:
+    return [(f"d{number}", version, EMBEDDED) for number in range(start, start + count)]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return make_dataset(tmp_path / "corpus")
+
+
+@pytest.fixture
+async def target(tmp_path: Path) -> AsyncIterator[MilvusTarget]:
+    async with open_target(str(tmp_path / "milvus.db")) as opened:
+        yield opened
+
+
+async def load(dataset: Dataset, uri: str, **options: Any) -> Loader:
+    """Load all there is, let go, and the loader for its counts."""
+    async with Loader(dataset, MilvusTarget(uri, **options)) as loader:
+        await loader.sweep()
+        await loader.finish()
+    return loader
+
+
+async def test_a_load_brings_every_row_and_verification_agrees(dataset: Dataset, target: MilvusTarget) -> None:
+    add(dataset, embedded(1500), [*embedded(10, start=1500), ("bad", 1, FAILED)])
+    uri = target.address.uri
+    loader = await load(dataset, uri)
+    assert (loader.counts.shards_loaded, loader.counts.rows_upserted, loader.counts.rows_skipped) == (2, 1510, 1)
+    report = await verify_target(dataset, target)
+    assert (report.ok, report.collection, report.expected, report.found, report.sampled) == (
+        True, "corpus", 1510, 1510, 200
+    )  # fmt: skip
+
+
+async def test_loading_again_sends_nothing(dataset: Dataset, target: MilvusTarget) -> None:
+    add(dataset, embedded(20), embedded(20, start=20))
+    await load(dataset, target.address.uri)
+    again = await load(dataset, target.address.uri)
+    assert (again.counts.shards_loaded, again.counts.rows_upserted) == (0, 0)
+    add(dataset, embedded(5, start=40))
+    grown = await load(dataset, target.address.uri)
+    assert (grown.counts.shards_loaded, grown.counts.rows_upserted) == (1, 5)
+    assert (await verify_target(dataset, target)).ok
+
+
+VERSIONS: list[list[Row]] = [
+    [("a", 1, EMBEDDED), ("b", 1, EMBEDDED), ("c", 1, EMBEDDED), ("d", 1, EMBEDDED)],
+    [("a", 2, EMBEDDED), ("b", 2, DELETED), ("c", 2, FAILED), ("e", 1, EMBEDDED)],
+    [("b", 3, EMBEDDED), ("e", 2, DELETED), ("d", 2, DELETED)],
+]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
+async def test_versions_and_tombstones_committed_in_any_order_end_at_the_newest(
+    dataset: Dataset, target: MilvusTarget, order: tuple[int, ...]
+) -> None:
+    for shard, rows in enumerate(VERSIONS):
+        admit(dataset, shard, rows)
+    async with Loader(dataset, target) as loader:
+        for shard in order:
+            commit(dataset, shard, VERSIONS[shard])
+            assert await loader.load_shard(shard)
+        await loader.finish()
+        assert await target.versions() == {"a": 2, "b": 3, "c": 1}
+        assert (await verify_target(dataset, target)).ok
+
+
+async def test_a_shard_that_is_not_committed_is_not_loaded(dataset: Dataset, target: MilvusTarget) -> None:
+    admit(dataset, 0, embedded(3))
+    async with Loader(dataset, target) as loader:
+        assert not await loader.load_shard(0)
+        assert await loader.sweep() == 0
+
+
+def ledger_of(dataset: Dataset) -> Ledger:
+    (folder,) = (Path(dataset.url) / "loads").iterdir()
+    record = json.loads((folder / "target.json").read_bytes())
+    record.pop("format_version")
+    return Ledger(dataset.store, LedgerTarget(**record))
+
+
+async def test_a_send_without_a_result_in_the_ledger_is_applied_again(dataset: Dataset, target: MilvusTarget) -> None:
+    add(dataset, embedded(30), embedded(30, start=30))
+    await load(dataset, target.address.uri)
+    ledger = ledger_of(dataset)
+    ledger.forget([1])
+    ledger.intend(1)
+    again = await load(dataset, target.address.uri)
+    assert (again.counts.shards_loaded, again.counts.rows_upserted) == (1, 30)
+    assert ledger.intents() == set()
+    assert set(ledger.results()) == {0, 1}
+    assert (await verify_target(dataset, target)).found == 60
+
+
+async def test_what_a_dead_loader_left_late_is_overruled_again(dataset: Dataset, target: MilvusTarget) -> None:
+    add(dataset, [("a", 1, EMBEDDED), ("b", 1, EMBEDDED)], [("a", 2, EMBEDDED), ("b", 2, DELETED)])
+    await load(dataset, target.address.uri)
+    ledger = ledger_of(dataset)
+    ledger.forget([0])
+    ledger.intend(0)
+    vector = np.ones(DIMENSIONS, dtype=np.float32)
+    await target.connect()
+    target.collection = "corpus"
+    await target.upsert([{"id": id_, "vector": vector, "text": "", "metadata": {}, "version": 1} for id_ in "ab"])
+    await load(dataset, target.address.uri)
+    assert await target.versions() == {"a": 2}
+    assert (await verify_target(dataset, target)).ok
+
+
+async def test_a_sweep_cancelled_anywhere_leaves_what_the_next_one_completes(
+    dataset: Dataset, target: MilvusTarget
+) -> None:
+    add(dataset, *(embedded(300, start=300 * shard) for shard in range(6)))
+    async with Loader(dataset, target) as loader:
+        for delay_s in (0.0, 0.02, 0.1, 0.2):
+            with anyio.move_on_after(delay_s):
+                await loader.sweep()
+        await loader.sweep()
+        await loader.finish()
+        assert (await verify_target(dataset, target)).found == 1800
+        assert await loader.sweep() == 0
+
+
+_KILLED = """
+import sys, anyio
+from embedmill.dataset.dataset import Dataset
+from loader.service import Loader
+from loader.target import MilvusTarget
+async def main():
+    async with Loader(Dataset.open(sys.argv[1]), MilvusTarget(sys.argv[2])) as loader:
+        await loader.sweep()
+        print("done", flush=True)
+        await anyio.sleep_forever()
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("moment", ["while sending", "when done"])
+async def test_a_loader_killed_leaves_what_the_next_one_completes(
+    dataset: Dataset, tmp_path: Path, moment: str
+) -> None:
+    add(dataset, *(embedded(1500, start=1500 * shard) for shard in range(3)))
+    uri = str(tmp_path / "killed.db")
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, dataset.url, uri], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        if moment == "when done":
+            assert process.stdout.readline() == b"done\n"
+            with pytest.raises(ConfigurationError, match="another process has .* open"):
+                await load(dataset, uri)
+        else:
+            await wait_for_intent(dataset, process)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    loader = await load(dataset, uri)
+    assert (loader.counts.shards_loaded > 0) == (moment == "while sending")
+    async with open_target(uri, must_exist=True) as target:
+        report = await verify_target(dataset, target)
+    assert (report.ok, report.found) == (True, 4500)
+
+
+async def wait_for_intent(dataset: Dataset, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not list(Path(dataset.url).glob("loads/*/*.intent.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        await anyio.sleep(0.005)
+
+
+async def test_a_collection_dropped_and_made_anew_is_loaded_from_the_beginning(
+    dataset: Dataset, target: MilvusTarget
+) -> None:
+    add(dataset, embedded(25))
+    await load(dataset, target.address.uri)
+    await target.connect()
+    target._client.drop_collection("corpus")
+    report = await verify_target(dataset, target)
+    assert (report.ok, len(report.missing)) == (False, 25)
+    again = await load(dataset, target.address.uri)
+    assert again.counts.rows_upserted == 25
+    assert (await verify_target(dataset, target)).ok
+
+
+async def test_a_collection_of_other_vectors_is_refused_with_the_difference(tmp_path: Path, dataset: Dataset) -> None:
+    add(dataset, embedded(3))
+    uri = str(tmp_path / "milvus.db")
+    await load(dataset, uri, collection="shared")
+    wider = make_dataset(tmp_path / "wider", dimensions=16)
+    with pytest.raises(ConfigurationError, match=r"dimensions 8 here, 16 in the dataset.*--collection"):
+        await load(wider, uri, collection="shared")
+    twin = make_dataset(tmp_path / "twin")
+    with pytest.raises(ConfigurationError, match=r"another dataset.*--collection"):
+        await load(twin, uri, collection="shared")
+
+
+async def test_a_collection_that_is_not_ours_is_refused(dataset: Dataset, target: MilvusTarget) -> None:
+    await target.connect()
+    target._client.create_collection("corpus", dimension=4)
+    with pytest.raises(ConfigurationError, match="embedmill did not make it"):
+        await load(dataset, target.address.uri)
+
+
+async def test_a_second_loader_of_one_collection_is_refused(dataset: Dataset, target: MilvusTarget) -> None:
+    async with Loader(dataset, target):
+        with pytest.raises(ConfigurationError, match="another loader"):
+            await load(dataset, target.address.uri)
+
+
+@pytest.mark.parametrize(
+    ("make", "uri", "words"),
+    [
+        ("file", "thing.db", "is a file"),
+        ("folder", "thing.db", "other things in it"),
+        ("file", "thing.db/deeper/milvus.db", "cannot create the folder"),
+        ("nothing", "milvus", "milvus.db"),
+        ("nothing", "localhost:19530", "http://localhost:19530"),
+        ("nothing", "ftp://localhost/x.db", "http://HOST:19530"),
+        ("nothing", "http://127.0.0.1:9", "cannot reach Milvus at http://127.0.0.1:9"),
+    ],
+)
+async def test_a_place_that_is_something_else_is_refused_in_one_line(
+    tmp_path: Path, make: str, uri: str, words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loader.target._CONNECT_S", 1.0)
+    thing = tmp_path / "thing.db"
+    if make == "file":
+        thing.write_text("a text")
+    if make == "folder":
+        thing.mkdir()
+        (thing / "notes.txt").write_text("a text")
+    plain = "://" in uri or ":" in uri or uri == "milvus"
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        async with open_target(uri if plain else str(tmp_path / uri)):
+            pass
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_broken_database_is_refused_in_one_line(
+    dataset: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    add(dataset, embedded(3))
+    uri = tmp_path / "milvus.db"
+    await load(dataset, str(uri))
+    (uri / "collections" / "corpus" / "schema.json").write_text("{")
+    with pytest.raises(Exception, match="corpus|schema") as caught:
+        await load(dataset, str(uri))
+    assert type(caught.value).__module__ == "embedmill.errors"
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_database_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="there is no Milvus database"):
+        async with open_target(str(tmp_path / "none.db"), must_exist=True):
+            pass
+    assert not (tmp_path / "none.db").exists()
+
+
+async def test_verification_finds_missing_extra_stale_and_different_rows_and_repair_mends_them(
+    dataset: Dataset, target: MilvusTarget
+) -> None:
+    add(dataset, embedded(40), [("late", 3, EMBEDDED)])
+    vector = np.ones(DIMENSIONS, dtype=np.float32)
+    async with Loader(dataset, target) as loader:
+        await loader.sweep()
+        await loader.finish()
+        assert (await verify_target(dataset, target)).ok
+        await target.delete(["d1", "d2"])
+        await target.upsert(
+            [
+                {"id": "stranger", "vector": vector, "text": "", "metadata": {}, "version": 1},
+                {"id": "late", "vector": vector, "text": "", "metadata": {}, "version": 2},
+                {"id": "d3", "vector": vector, "text": "", "metadata": {}, "version": 1},
+            ]
+        )
+        report = await verify_target(dataset, target)
+        assert not report.ok
+        assert (report.missing, report.extra_ids, report.stale, report.different) == (
+            ("d1", "d2"), ("stranger",), ("late",), ("d3",)
+        )  # fmt: skip
+        assert report.as_dict()["examples"] == {
+            "missing": ["d1", "d2"], "extra": ["stranger"], "stale": ["late"], "different": ["d3"]
+        }  # fmt: skip
+        assert await loader.repair(report) == 2
+        assert (await verify_target(dataset, target)).ok
+
+
+async def test_a_text_longer_than_milvus_takes_is_cut_there_and_counted(dataset: Dataset, target: MilvusTarget) -> None:
+    rows = [("long", 1, EMBEDDED), ("short", 1, EMBEDDED)]
+    admit(dataset, 0, rows, texts={"long": "é" * 40_000})
+    commit(dataset, 0, rows)
+    loader = await load(dataset, target.address.uri)
+    assert loader.counts.rows_cut == 1
+    assert (await verify_target(dataset, target)).ok
+
+
+async def test_following_loads_what_is_announced_until_it_is_stopped(dataset: Dataset, target: MilvusTarget) -> None:
+    add(dataset, embedded(5))
+    connection = Connection(FAKE_URL)
+    queue = Queue(connection)
+    stop = anyio.Event()
+    async with Loader(dataset, target) as loader, anyio.create_task_group() as group:
+
+        async def follow() -> None:
+            await loader.follow(queue, stop, sweep_every_s=60)
+
+        group.start_soon(follow)
+        with anyio.fail_after(20):
+            while loader.counts.rows_upserted < 5:
+                await anyio.sleep(0.01)
+            add(dataset, embedded(5, start=5))
+            task = Task(dataset.url, dataset.info.id, 1, "main", 5, 100)
+            await queue.enqueue([task])
+            await queue.lease("worker")
+            await queue.finish(task)
+            while loader.counts.shards_loaded < 2:
+                await anyio.sleep(0.01)
+            stop.set()
+    await connection.aclose()
+    assert loader.counts.rows_upserted == 10
+
+
+@pytest.fixture
+async def searchable(dataset: Dataset, target: MilvusTarget) -> MilvusTarget:
+    add(dataset, embedded(50), embedded(50, version=2, start=50))
+    await load(dataset, target.address.uri)
+    await target.connect()
+    return target
+
+
+async def test_a_search_finds_the_passage_itself_first(searchable: MilvusTarget) -> None:
+    hits = await search(searchable, NullEmbedder(DIMENSIONS), text_of("d7", 1), limit=3)
+    assert len(hits) == 3
+    assert (hits[0].id, hits[0].text, hits[0].metadata) == ("d7", text_of("d7", 1), {"version": 1, "kind": "odd"})
+    assert hits[0].score == pytest.approx(1, abs=1e-6)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+async def test_a_filter_leaves_only_what_passes_it(searchable: MilvusTarget) -> None:
+    embedder = NullEmbedder(DIMENSIONS)
+    hits = await search(searchable, embedder, text_of("d7", 1), limit=100, filter='metadata["kind"] == "even"')
+    assert {hit.metadata["kind"] for hit in hits} == {"even"}
+    assert len(hits) == 50
+    assert await search(searchable, embedder, "anything", filter='metadata["kind"] == "prime"') == []
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        (" \n", {}, "question is empty"),
+        ("x", {"limit": 0}, "--limit 0"),
+        ("x", {"limit": -1}, "--limit -1"),
+        ("x", {"limit": 20_000}, "from 1 to 16384"),
+        ("x", {"filter": "kind =="}, "--filter 'kind ==' is not understood"),
+        ("x", {"filter": "kind == 1"}, "unknown field 'kind'"),
+    ],
+)
+async def test_a_question_that_cannot_be_answered_is_refused_in_one_line(
+    searchable: MilvusTarget, text: str, options: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        await search(searchable, NullEmbedder(DIMENSIONS), text, **options)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_search_with_another_embedder_is_refused(searchable: MilvusTarget) -> None:
+    with pytest.raises(ConfigurationError, match=r"model 'null/8', here 'null/16'; dimensions 8, here 16"):
+        await search(searchable, NullEmbedder(16), "x")
+
+
+async def test_among_several_collections_one_must_be_chosen(searchable: MilvusTarget, tmp_path: Path) -> None:
+    add(other := make_dataset(tmp_path / "other"), embedded(3))
+    await load(other, searchable.address.uri)
+    searchable.collection = None
+    with pytest.raises(ConfigurationError, match="choose one with --collection, of corpus, other"):
+        await search(searchable, NullEmbedder(DIMENSIONS), "x")
+    searchable.collection = "elsewhere"
+    with pytest.raises(ConfigurationError, match="it has: corpus, other"):
+        await search(searchable, NullEmbedder(DIMENSIONS), "x")
+
+
+async def test_an_empty_collection_has_no_hits(dataset: Dataset, target: MilvusTarget) -> None:
+    await load(dataset, target.address.uri)
+    await target.connect()
+    assert await search(target, NullEmbedder(DIMENSIONS), "x") == []
+    assert await target.count() == 0
+    assert (await verify_target(dataset, target)).ok
+
+
+async def test_a_database_without_a_collection_of_ours_is_said_so(target: MilvusTarget) -> None:
+    with pytest.raises(ConfigurationError, match="no collection of embedmill"):
+        await search(target, NullEmbedder(DIMENSIONS), "x")
+
+
+def test_a_description_keeps_what_search_needs_and_refuses_a_newer_format(dataset: Dataset) -> None:
+    made = CollectionDescription.of_dataset(dataset.info)
+    assert CollectionDescription.from_json(made.to_json()) == made
+    assert CollectionDescription.from_json("a collection of my own") is None
+    assert CollectionDescription.from_json('{"other": 1}') is None
+    with pytest.raises(ConfigurationError, match="upgrade"):
+        CollectionDescription.from_json('{"embedmill": 2}')
+
+
+def test_a_specification_with_options_differs_by_them() -> None:
+    spec = EmbedderSpec("null/8", 8, options={"task": "a"})
+    info = layout.DatasetInfo("id", now_iso(), spec)
+    other = layout.DatasetInfo("id", now_iso(), EmbedderSpec("null/8", 8, options={"task": "b"}))
+    found = CollectionDescription.of_dataset(info).differences(CollectionDescription.of_dataset(other))
+    assert found == ["options {'task': 'a'} here, {'task': 'b'} in the dataset"]
+
+
+def embedmill(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "from embedmill.commands.main import run; run()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_commands_load_and_search_speak_plainly(dataset: Dataset, tmp_path: Path) -> None:
+    add(dataset, embedded(30))
+    uri = str(tmp_path / "new" / "milvus.db")
+    loaded = embedmill("load", dataset.url, "--milvus", uri)
+    assert (loaded.returncode, loaded.stderr) == (0, "")
+    assert "Collection corpus of" in loaded.stdout
+    assert "holds 30 rows" in loaded.stdout
+    found = embedmill("search", text_of("d7", 1), "--milvus", uri, "--limit", "2", "--json")
+    assert (found.returncode, found.stderr) == (0, "")
+    record = json.loads(found.stdout.splitlines()[-1])
+    assert (record["collection"], record["hits"][0]["id"], len(record["hits"])) == ("corpus", "d7", 2)
+    bad = embedmill("search", "x", "--milvus", uri, "--filter", "nonsense ==")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.count("\n") == 1
