@@ -96,19 +96,11 @@ class Loader:
         """
         if self._ledger is not None:
             return
-        await self.target.connect()
-        state = await self._adopt_collection()
-        ledger = Ledger(self.dataset.store, _ledger_target(self.target, state))
-        await to_thread.run_sync(ledger.open)
         try:
-            self._index = await to_thread.run_sync(self.dataset.open_index)
-            results = await to_thread.run_sync(ledger.results)
-            self._intents = await to_thread.run_sync(ledger.intents)
+            await self._prepare()
         except BaseException:
-            ledger.close()
+            await self.aclose()
             raise
-        self._loaded = {shard: result.marker_crc32c for shard, result in results.items()}
-        self._ledger = ledger
 
     async def aclose(self) -> None:
         """Let go of the ledger and of the database. Idempotent."""
@@ -180,6 +172,17 @@ class Loader:
         swept = await self.sweep()
         await self.finish()
         return swept
+
+    async def _prepare(self) -> None:
+        await self.target.connect()
+        state = await self._adopt_collection()
+        ledger = Ledger(self.dataset.store, _ledger_target(self.target, state))
+        await to_thread.run_sync(ledger.open)
+        self._ledger = ledger
+        self._index = await to_thread.run_sync(self.dataset.open_index)
+        results = await to_thread.run_sync(ledger.results)
+        self._loaded = {shard: result.marker_crc32c for shard, result in results.items()}
+        self._intents = await to_thread.run_sync(ledger.intents)
 
     async def _adopt_collection(self) -> CollectionState:
         name = self.target.collection = check_collection_name(self.collection)

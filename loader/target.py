@@ -229,7 +229,7 @@ class MilvusTarget:
 
 
 def _connect(address: Address) -> Any:
-    client_class = _client_class()
+    client_class = _client_class(lite=address.lite)
     token = os.environ.get(TOKEN_VARIABLE, "")
     with _logged_errors() as logged:
         try:
@@ -263,13 +263,15 @@ _lite_users: dict[str, int] = {}
 _lite_users_lock = threading.Lock()
 
 
-def _client_class() -> Any:
+def _client_class(*, lite: bool) -> Any:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import milvus_lite.server_manager  # noqa: F401
             import pymilvus
+
+            if lite:
+                import milvus_lite.server_manager  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(_INSTALL) from error
     for name in [name for name in logging.root.manager.loggerDict if name.startswith(("pymilvus", "milvus_lite"))]:

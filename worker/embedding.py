@@ -98,7 +98,7 @@ class ShardEmbedding:
                 return None
             marker = await self._commit()
         await to_thread.run_sync(self._checkpoint.sweep)
-        return marker
+        return marker  # noqa: RET504
 
     def _prepare(self) -> None:
         table, self._origin = self._dataset.documents(self._shard, columns=["id", "version", "text", "deleted"])
@@ -281,7 +281,8 @@ class ShardEmbedding:
             )
 
         with anyio.CancelScope(shield=True):
-            return await to_thread.run_sync(commit)
+            marker = await to_thread.run_sync(commit)
+        return marker  # noqa: RET504
 
     def _note(self, attempt: Attempt) -> None:
         counts = self._tools.counts

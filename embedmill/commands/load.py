@@ -68,12 +68,13 @@ async def _show(loader: Loader, started: float) -> None:
 
 
 def _summary(record: dict[str, Any], *, owed: int) -> list[str]:
-    lines = [
+    done = (
         f"Loaded {record['shards_loaded']} shards in {record['seconds']:.1f} s: {record['rows_upserted']:,} rows upserted,"
         f" {record['rows_deleted']:,} deleted, {record['rows_superseded']:,} superseded,"
-        f" {record['rows_skipped']:,} without a vector.",
-        f"Collection {record['collection']} of {record['milvus']} holds {record['rows']:,} rows.",
-    ]
+        f" {record['rows_skipped']:,} without a vector."
+    )
+    holds = f"Collection {record['collection']} of {record['milvus']} holds {record['rows']:,} rows."
+    lines = [done if record["shards_loaded"] else "Nothing to load: everything committed was there already.", holds]
     if record["rows_cut"]:
         lines.append(
             f"{record['rows_cut']:,} rows are longer than Milvus takes and were cut there; the dataset has them whole."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from ..dataset.store import LocalStore
 from ..dataset.summary import summarize
 from ..embedder import Embedder
 from ..errors import ConfigurationError, JobFatalError
-from ..sources import FieldRules, open_source
+from ..sources import FieldRules, Source, open_source
 from .embedders import ModelChoice, make_budget, make_embedder
 from .options import output_options, shared, split_names
 from .pipeline import Pipeline, open_queue
@@ -126,27 +126,34 @@ async def _run(request: RunRequest) -> int:
     try:
         dataset = await to_thread.run_sync(_open_dataset, request, embedder)
         with _exclusively(dataset):
-            async with open_queue(request.redis, namespace=request.namespace) as (connection, queue):
-                budget = make_budget(request.choice, connection, namespace=request.namespace)
-                await _probe(embedder, budget)
-                loader = await _open_loader(dataset, request)
-                index = await to_thread.run_sync(dataset.open_index)
-                admitter = Admitter(dataset, index, job=request.job)
-                intake = Intake(admitter, queue, rejects=dataset_folder(dataset) / "rejects", limit=request.limit)
-                pipeline = Pipeline(
-                    dataset, index, queue,
-                    embedder=embedder, budget=budget, intake=intake, admitter=admitter, loader=loader,
-                )  # fmt: skip
-                remember_job(dataset, request.job, request.sources)
-                try:
-                    outcome = await pipeline.run(sources, quiet=request.as_json)
-                except* JobFatalError as group:
-                    remember_job(dataset, request.job, (), state="paused", reason=str(group.exceptions[0]))
-                    raise
+            ended = await _run_on(dataset, sources, embedder, request)
     finally:
         await embedder.aclose()
-    ended = RunEnded(request.to, request.milvus if loader else None, loader, pipeline.worker.counts, intake, outcome)
     return report(ended, summarize(dataset), as_json=request.as_json)
+
+
+async def _run_on(dataset: Dataset, sources: Sequence[Source], embedder: Embedder, request: RunRequest) -> RunEnded:
+    async with AsyncExitStack() as stack:
+        connection, queue = await stack.enter_async_context(open_queue(request.redis, namespace=request.namespace))
+        budget = make_budget(request.choice, connection, namespace=request.namespace)
+        await _probe(embedder, budget)
+        loader = _make_loader(dataset, request)
+        if loader is not None:
+            await stack.enter_async_context(loader)
+        index = stack.enter_context(closing(await to_thread.run_sync(dataset.open_index)))
+        admitter = Admitter(dataset, index, job=request.job)
+        intake = Intake(admitter, queue, rejects=dataset_folder(dataset) / "rejects", limit=request.limit)
+        pipeline = Pipeline(
+            dataset, index, queue,
+            embedder=embedder, budget=budget, intake=intake, admitter=admitter, loader=loader,
+        )  # fmt: skip
+        remember_job(dataset, request.job, request.sources)
+        try:
+            outcome = await pipeline.run(sources, quiet=request.as_json)
+        except* JobFatalError as group:
+            remember_job(dataset, request.job, (), state="paused", reason=str(group.exceptions[0]))
+            raise
+        return RunEnded(request.to, request.milvus, loader, pipeline.worker.counts, intake, outcome)
 
 
 def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:
@@ -165,15 +172,13 @@ async def _probe(embedder: Embedder, budget: RequestBudget) -> None:
     await embed_batch(embedder, ["embedmill"], budget=budget, role="query", policy=_PROBE)
 
 
-async def _open_loader(dataset: Dataset, request: RunRequest) -> Loader | None:
+def _make_loader(dataset: Dataset, request: RunRequest) -> Loader | None:
     if request.milvus is None:
         return None
     from loader.service import Loader
     from loader.target import MilvusTarget
 
-    loader = Loader(dataset, MilvusTarget(request.milvus, collection=request.collection))
-    await loader.prepare()
-    return loader
+    return Loader(dataset, MilvusTarget(request.milvus, collection=request.collection))
 
 
 def remember_job(

@@ -101,10 +101,10 @@ def _show(hits: Sequence[Hit], *, nothing: str) -> None:
         console.print(Text(nothing))
     for number, hit in enumerate(hits, start=1):
         console.print(Text.assemble(f"{number}. ", (f"{hit.score:.4f}", "bold"), "  ", (hit.id, "cyan")))
-        console.print(Padding(Text(_beginning(hit.text, _SHOWN_TEXT)), (0, 0, 0, 3)))
+        console.print(Padding(Text(_beginning(hit.text, _SHOWN_TEXT)), (0, 0, 0, 3), expand=False))
         if hit.metadata:
             line = _beginning(json.dumps(hit.metadata, ensure_ascii=False), _SHOWN_METADATA)
-            console.print(Padding(Text(line, style="dim"), (0, 0, 0, 3)))
+            console.print(Padding(Text(line, style="dim"), (0, 0, 0, 3), expand=False))
 
 
 def _beginning(text: str, length: int) -> str:

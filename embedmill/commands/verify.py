@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import anyio
 import click
@@ -12,6 +13,9 @@ from anyio import to_thread
 from ..dataset.dataset import Dataset
 from ..dataset.verification import DatasetReport, verify_dataset
 from .options import output_options, shared
+
+if TYPE_CHECKING:
+    from loader.verification import TargetReport
 
 _SHOWN_PROBLEMS = 20
 _EPILOG = """\b
@@ -38,25 +42,38 @@ async def _verify(dataset: Dataset, milvus: str | None, collection: str | None, 
         return status
     _print_dataset(dataset, report)
     if target is not None:
-        for line in target.lines():
+        for line in _target_lines(milvus or "", target):
             click.echo(line)
     return status
 
 
-async def _verify_target(dataset: Dataset, milvus: str, collection: str | None) -> Any:
+async def _verify_target(dataset: Dataset, milvus: str, collection: str | None) -> TargetReport:
     from loader.target import MilvusTarget
     from loader.verification import verify_target
 
-    async with MilvusTarget(milvus, collection=collection) as target:
+    target = MilvusTarget(milvus, collection=collection)
+    try:
         return await verify_target(dataset, target)
+    finally:
+        await target.aclose()
 
 
-def _status(report: DatasetReport, target: Any) -> int:
-    if not report.passed or report.summary is None or (target is not None and not target.passed):
+def _status(report: DatasetReport, target: TargetReport | None) -> int:
+    if not report.passed or report.summary is None or (target is not None and not target.ok):
         return 4
     if report.summary.owed:
         return 3
     return int(report.summary.failed > 0)
+
+
+def _target_lines(milvus: str, target: TargetReport) -> Iterator[str]:
+    yield (
+        f"{milvus}, collection {target.collection}: {target.expected:,} expected, {target.found:,} found;"
+        f" {len(target.missing):,} missing, {len(target.extra_ids):,} that should not be there, {len(target.stale):,} stale"
+    )
+    yield f"{target.sampled:,} vectors read back, {len(target.different):,} of them different"
+    if not target.ok:
+        yield f"  for example: {json.dumps(target.as_dict()['examples'], ensure_ascii=False)}"
 
 
 def _print_dataset(dataset: Dataset, report: DatasetReport) -> None:

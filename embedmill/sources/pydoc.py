@@ -1,7 +1,8 @@
 """`pydoc:`, the documentation that the running Python carries: a corpus that everybody has, without a download.
 
 - First the topics of `pydoc_data`, cut into sections at paragraph borders with the title repeated in front, then the
-  public docstrings of a fixed list of modules: `qualified.name(signature)`, a blank line, the docstring.
+  public docstrings of the modules, classes and functions of a fixed list, a passage per paragraph: the qualified name, a
+  blank line, the paragraph. One thought a passage is what a small model finds again; the signature is metadata.
 - Ids are stable and unique: `topic:with`, `topic:with#2`, `asyncio.gather`. A docstring occurs once, under the first name.
 - The same Python version gives the same passages: modules are in a fixed order, names sorted, and default values in
   signatures are shown only where their form is the same in every process.
@@ -23,6 +24,7 @@ from types import ModuleType
 from ..documents import Cursor, SourceDocument, canonical_json
 
 MIN_DOCSTRING_CHARS = 40
+MIN_PARAGRAPH_CHARS = 30
 MAX_SECTION_CHARS = 1500
 
 # Modules whose import has no side effect and no deprecation warning in any supported version.
@@ -64,6 +66,24 @@ class Passage:
     metadata: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Documented:
+    """A module, class or function and its docstring."""
+
+    name: str
+    docstring: str
+    module: str
+    kind: str
+    signature: str
+
+    def passages(self) -> Iterator[Passage]:
+        record = {"module": self.module, "name": self.name, "kind": self.kind}
+        metadata = canonical_json(record | ({"signature": self.signature} if self.signature else {}))
+        for number, paragraph in enumerate(split_docstring(self.docstring), start=1):
+            identity = self.name if number == 1 else f"{self.name}#{number}"
+            yield Passage(identity, f"{self.name}\n\n{paragraph}", metadata)
+
+
 class PydocSource:
     """The passages of `collect_passages` as a source. `Cursor.record` counts them."""
 
@@ -95,14 +115,10 @@ def passage_ends() -> list[int]:
 
 @functools.cache
 def collect_passages() -> tuple[Passage, ...]:
-    """Every passage, in the fixed order, with unique ids and unique bodies."""
-    passages = {}
-    bodies = set()
+    """Every passage, in the fixed order, with unique ids."""
+    passages: dict[str, Passage] = {}
     for passage in (*topic_passages(), *docstring_passages()):
-        body = passage.text.partition("\n\n")[2]
-        if passage.id not in passages and body not in bodies:
-            passages[passage.id] = passage
-            bodies.add(body)
+        passages.setdefault(passage.id, passage)
     return tuple(passages.values())
 
 
@@ -132,10 +148,15 @@ def split_topic(topic: str) -> list[str]:
 
 
 def docstring_passages() -> Iterator[Passage]:
+    seen: set[str] = set()
     for name in MODULES.split():
         module = import_quietly(name)
-        if module is not None:
-            yield from module_passages(module, name=name)
+        if module is None:
+            continue
+        for documented in documented_things(module, name=name):
+            if documented.docstring not in seen:
+                seen.add(documented.docstring)
+                yield from documented.passages()
 
 
 def import_quietly(name: str) -> ModuleType | None:
@@ -148,13 +169,18 @@ def import_quietly(name: str) -> ModuleType | None:
             return None
 
 
-def module_passages(module: ModuleType, *, name: str) -> Iterator[Passage]:
-    yield from describe(module, qualified_name=name, module=name, kind="module")
+def documented_things(module: ModuleType, *, name: str) -> Iterator[_Documented]:
+    """The module, then its public classes and functions, where they have a docstring of their own."""
+    things: list[tuple[object, str, str]] = [(module, name, "module")]
     for member_name, member in public_members(module):
-        if inspect.isclass(member):
-            yield from class_passages(member, qualified_name=f"{name}.{member_name}", module=name)
-        elif inspect.isroutine(member):
-            yield from describe(member, qualified_name=f"{name}.{member_name}", module=name, kind="function")
+        if inspect.isclass(member) or inspect.isroutine(member):
+            kind = "class" if inspect.isclass(member) else "function"
+            things.append((member, f"{name}.{member_name}", kind))
+    for thing, qualified_name, kind in things:
+        docstring = own_docstring(thing)
+        if len(docstring) >= MIN_DOCSTRING_CHARS and not _PROCESS_BOUND.search(docstring):
+            shown = qualified_name.removeprefix("builtins.")
+            yield _Documented(shown, docstring, name, kind, show_signature(thing))
 
 
 def public_members(module: ModuleType) -> Iterator[tuple[str, object]]:
@@ -180,29 +206,17 @@ def quiet_attribute(module: ModuleType, name: str) -> object:
         return getattr(module, name, None)
 
 
-def class_passages(cls: type, *, qualified_name: str, module: str) -> Iterator[Passage]:
-    yield from describe(cls, qualified_name=qualified_name, module=module, kind="class")
-    for name in sorted(vars(cls)):
-        member = unwrap_member(vars(cls)[name])
-        if not name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
-            yield from describe(member, qualified_name=f"{qualified_name}.{name}", module=module, kind="method")
-
-
-def unwrap_member(member: object) -> object:
-    """The function behind a class or static method; anything else as it is."""
-    if isinstance(member, classmethod | staticmethod):
-        return member.__func__
-    return member
-
-
-def describe(thing: object, *, qualified_name: str, module: str, kind: str) -> Iterator[Passage]:
-    """One passage, or none where the docstring is inherited, too short or differs from process to process."""
-    docstring = own_docstring(thing)
-    if len(docstring) < MIN_DOCSTRING_CHARS or _PROCESS_BOUND.search(docstring):
-        return
-    name = qualified_name.removeprefix("builtins.")
-    text = f"{name}{show_signature(thing)}\n\n{docstring}"
-    yield Passage(name, text, canonical_json({"module": module, "name": name, "kind": kind}))
+def split_docstring(docstring: str) -> list[str]:
+    """Its paragraphs; examples, lists and scraps stay with the paragraph before them."""
+    pieces: list[str] = []
+    for paragraph in re.split(r"\n[ \t]*\n", docstring):
+        text = paragraph.strip("\n")
+        belongs = not text[:1].isalnum() or len(text) < MIN_PARAGRAPH_CHARS
+        if pieces and belongs:
+            pieces[-1] += f"\n\n{text}"
+        else:
+            pieces.append(text)
+    return pieces
 
 
 def own_docstring(thing: object) -> str:

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 from embedmill.dataset import layout
-from embedmill.dataset.dataset import Dataset, Marker, ShardOrigin, now_iso
-from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED
-from embedmill.dataset.passages import Passage
+from embedmill.dataset.dataset import Dataset, now_iso
+from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED, Marker
+from embedmill.dataset.passages import Passage, ShardOrigin
 from embedmill.documents import hash16
 from embedmill.embedder import EmbedderSpec
 from embedmill.errors import ConfigurationError
@@ -32,6 +31,7 @@ from loader.service import Loader
 from loader.target import MilvusTarget, open_target
 from loader.verification import verify_target
 from scheduler.connection import FAKE_URL, Connection
+from scheduler.embedded import embedded_server
 from scheduler.queue import Queue
 from worker.embedders.null import NullEmbedder, hash_vectors
 
@@ -220,16 +220,18 @@ async def test_a_loader_killed_leaves_what_the_next_one_completes(
     dataset: Dataset, tmp_path: Path, moment: str
 ) -> None:
     add(dataset, *(embedded(1500, start=1500 * shard) for shard in range(3)))
-    uri = str(tmp_path / "killed.db")
-    process = subprocess.Popen([sys.executable, "-c", _KILLED, dataset.url, uri], stdout=subprocess.PIPE)
+    uri, folder = str(tmp_path / "killed.db"), Path(dataset.url)
+    command = [sys.executable, "-c", _KILLED, dataset.url, uri]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: ASYNC220
     assert process.stdout is not None
     try:
         if moment == "when done":
             assert process.stdout.readline() == b"done\n"
-            with pytest.raises(ConfigurationError, match="another process has .* open"):
+            with pytest.raises(ConfigurationError, match=r"another process has .* open"):
                 await load(dataset, uri)
         else:
-            await wait_for_intent(dataset, process)
+            await until(lambda: process.poll() is not None or list(folder.glob("loads/*/*.intent.json")))
+            assert process.poll() is None
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -241,12 +243,10 @@ async def test_a_loader_killed_leaves_what_the_next_one_completes(
     assert (report.ok, report.found) == (True, 4500)
 
 
-async def wait_for_intent(dataset: Dataset, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not list(Path(dataset.url).glob("loads/*/*.intent.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        await anyio.sleep(0.005)
+async def until(condition: Callable[[], object]) -> None:
+    with anyio.fail_after(60):
+        while not condition():  # noqa: ASYNC110 - another process, or a counter
+            await anyio.sleep(0.005)
 
 
 async def test_a_collection_dropped_and_made_anew_is_loaded_from_the_beginning(
@@ -325,11 +325,21 @@ async def test_a_broken_database_is_refused_in_one_line(
     uri = tmp_path / "milvus.db"
     await load(dataset, str(uri))
     (uri / "collections" / "corpus" / "schema.json").write_text("{")
-    with pytest.raises(Exception, match="corpus|schema") as caught:
+    with pytest.raises(Exception, match=r"corpus|schema") as caught:
         await load(dataset, str(uri))
     assert type(caught.value).__module__ == "embedmill.errors"
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("module", ["pymilvus", "milvus_lite.server_manager"])
+async def test_a_client_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'embedmill\[milvus\]'"):
+        async with open_target(str(tmp_path / "milvus.db")):
+            pass
 
 
 async def test_a_database_that_is_not_there_is_not_made_by_reading(tmp_path: Path) -> None:
@@ -388,17 +398,15 @@ async def test_following_loads_what_is_announced_until_it_is_stopped(dataset: Da
             await loader.follow(queue, stop, sweep_every_s=60)
 
         group.start_soon(follow)
+        await until(lambda: loader.counts.shards_loaded == 1)
+        add(dataset, embedded(5, start=5))
+        task = Task(dataset.url, dataset.info.id, 1, "main", 5, 100)
+        await queue.enqueue([task])
+        await queue.lease("worker")
+        await queue.finish(task)
         with anyio.fail_after(20):
-            while loader.counts.rows_upserted < 5:
-                await anyio.sleep(0.01)
-            add(dataset, embedded(5, start=5))
-            task = Task(dataset.url, dataset.info.id, 1, "main", 5, 100)
-            await queue.enqueue([task])
-            await queue.lease("worker")
-            await queue.finish(task)
-            while loader.counts.shards_loaded < 2:
-                await anyio.sleep(0.01)
-            stop.set()
+            await until(lambda: loader.counts.shards_loaded == 2)
+        stop.set()
     await connection.aclose()
     assert loader.counts.rows_upserted == 10
 
@@ -505,6 +513,8 @@ def test_the_commands_load_and_search_speak_plainly(dataset: Dataset, tmp_path: 
     assert (loaded.returncode, loaded.stderr) == (0, "")
     assert "Collection corpus of" in loaded.stdout
     assert "holds 30 rows" in loaded.stdout
+    again = embedmill("load", dataset.url, "--milvus", uri, "--json")
+    assert json.loads(again.stdout)["shards_loaded"] == 0
     found = embedmill("search", text_of("d7", 1), "--milvus", uri, "--limit", "2", "--json")
     assert (found.returncode, found.stderr) == (0, "")
     record = json.loads(found.stdout.splitlines()[-1])
@@ -512,3 +522,27 @@ def test_the_commands_load_and_search_speak_plainly(dataset: Dataset, tmp_path: 
     bad = embedmill("search", "x", "--milvus", uri, "--filter", "nonsense ==")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.count("\n") == 1
+
+
+async def test_the_loader_service_loads_until_it_is_terminated(dataset: Dataset, tmp_path: Path) -> None:
+    add(dataset, embedded(10))
+    uri, folder = str(tmp_path / "milvus.db"), Path(dataset.url)
+    with embedded_server() as redis:
+        if redis == FAKE_URL:
+            pytest.skip("no Redis server for this machine")
+        code = "from embedmill.commands.main import run; run()"
+        options = ["--milvus", uri, "--to", dataset.url, "--redis", redis]
+        command = [sys.executable, "-c", code, "loader", *options]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe)  # noqa: ASYNC220
+        try:
+            await until(lambda: process.poll() is not None or list(folder.glob("loads/*/00000000.json")))
+            process.send_signal(signal.SIGTERM)
+            said, complained = process.communicate(timeout=30)
+        finally:
+            process.kill()
+            process.wait()
+    assert (process.returncode, said) == (0, "stopped: 10 rows loaded\n")
+    assert complained.count("\n") == 1
+    async with open_target(uri, must_exist=True) as target:
+        assert (await verify_target(dataset, target)).ok

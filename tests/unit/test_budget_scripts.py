@@ -233,7 +233,7 @@ async def test_an_announced_lower_limit_is_believed_for_an_hour_and_a_higher_one
 
 async def free_permits(asker):
     grants = []
-    while (reply := await asker.reserve())[0] == 1:
+    while len(grants) < 100 and (reply := await asker.reserve())[0] == 1:
         grants.append(reply[3])
     for grant in grants:
         await asker.settle(grant, outcome="unsent")
