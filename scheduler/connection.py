@@ -76,6 +76,8 @@ class Connection:
 
     async def check(self) -> dict[str, str]:
         """The server's `INFO`, in short. Raises ConfigurationError when it cannot be used at all."""
+        if self.url == FAKE_URL:
+            return {}
         try:
             info = await self._commands.info()
         except _UNREACHABLE as error:

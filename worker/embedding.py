@@ -33,16 +33,21 @@ from .spend import SpendLog
 
 CHECKPOINT_EVERY_S = 2.0
 _MALFORMED_TRIES = 5
+_GATE_TRIES = 4
 
 
 @dataclass(slots=True)
 class WorkerCounts:
-    """What this worker has done, for progress and metrics. Passages carried over or adopted were not paid for again."""
+    """What this worker has done, for progress and metrics. Passages carried over or adopted were not paid for again.
+
+    lost_tokens: estimate of what was sent and never answered, which the provider may have billed.
+    """
 
     embedded: int = 0
     failed: int = 0
     adopted: int = 0
     tokens: int = 0
+    lost_tokens: int = 0
     requests: int = 0
     truncated: int = 0
     shards: int = 0
@@ -98,7 +103,7 @@ class ShardEmbedding:
                 return None
             marker = await self._commit()
         await to_thread.run_sync(self._checkpoint.sweep)
-        return marker  # noqa: RET504
+        return marker
 
     def _prepare(self) -> None:
         table, self._origin = self._dataset.documents(self._shard, columns=["id", "version", "text", "deleted"])
@@ -175,8 +180,11 @@ class ShardEmbedding:
                 except EmbedmillError as error:
                     self._trouble = self._trouble or error
 
-    async def _embed(self, rows: list[int]) -> None:
-        """Embed rows in one request; bisect when their content is refused, until the bad passage is alone."""
+    async def _embed(self, rows: list[int], *, tries: int = _GATE_TRIES) -> None:
+        """Embed rows in one request; bisect when their content is refused, until the bad passage is alone.
+
+        A row whose vector does not pass the gate is asked for again by itself, so many `tries` in all.
+        """
         try:
             embedding = await self._request(rows)
         except InputRejected as error:
@@ -184,17 +192,17 @@ class ShardEmbedding:
                 self._fail(rows[0], code=error.code, cause=str(error))
                 return
             middle = len(rows) // 2
-            await self._embed(rows[:middle])
-            await self._embed(rows[middle:])
+            await self._embed(rows[:middle], tries=tries)
+            await self._embed(rows[middle:], tries=tries)
             return
         report = inspect(embedding.vectors, [self._texts[row] for row in rows], dimensions=self._results.dimensions)
         good = [position for position in range(len(rows)) if position not in report.bad]
         self._add([rows[position] for position in good], embedding, positions=good)
         for position, cause in report.bad.items():
-            if len(rows) == 1:
-                self._fail(rows[0], code="gate", cause=cause)
+            if tries <= 1:
+                self._fail(rows[position], code="gate", cause=cause)
             else:
-                await self._embed([rows[position]])
+                await self._embed([rows[position]], tries=tries - 1)
 
     async def _request(self, rows: list[int]) -> Embedding:
         """One answer whose shape holds; an answer that is malformed as a whole is asked for again."""
@@ -290,3 +298,5 @@ class ShardEmbedding:
             counts.rate_limited += 1
         elif attempt.outcome != "ok":
             counts.failed_requests += 1
+        if attempt.billed_tokens is None:
+            counts.lost_tokens += attempt.est_tokens

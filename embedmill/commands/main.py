@@ -26,7 +26,7 @@ _COMMANDS = {
     "rehearse": "rehearse:rehearse",
     "scheduler": "services:scheduler",
     "worker": "services:worker",
-    "loader": "loader_service:loader",
+    "loader": "services:loader",
 }
 _INTERRUPTED = 130
 _EPILOG = """\b

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,20 +38,13 @@ _SWEEP_S = 2.0
 
 
 @asynccontextmanager
-async def open_queue(redis: str | None, *, namespace: str) -> AsyncIterator[tuple[Connection, Queue]]:
-    """A queue on the given server, or on an embedded one that lives as long as the context."""
-    if redis is not None:
-        connection = Connection(redis)
-        try:
-            await connection.check()
-            yield connection, Queue(connection, namespace=namespace)
-        finally:
-            await connection.aclose()
-        return
-    with embedded_server() as url:
+async def open_connection(redis: str | None) -> AsyncIterator[Connection]:
+    """The given server, checked, or an embedded one that lives as long as the context."""
+    with nullcontext(redis) if redis is not None else embedded_server() as url:
         connection = Connection(url)
         try:
-            yield connection, Queue(connection, namespace=namespace)
+            await connection.check()
+            yield connection
         finally:
             await connection.aclose()
 
@@ -186,7 +179,7 @@ class Pipeline:
     def _count_earlier(self) -> tuple[int, int]:
         """Rows committed, and rows admitted, before this run."""
         committed = sum(marker.rows for shard in self._dataset.committed() if (marker := self._dataset.marker(shard)))
-        return committed, self._index.count()[1]
+        return committed, self._index.rows
 
     async def _watch_signals(self, scope: anyio.CancelScope) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

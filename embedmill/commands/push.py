@@ -11,6 +11,7 @@ from anyio import to_thread
 
 from scheduler.admission import Admitter
 from scheduler.intake import Intake
+from scheduler.queue import Queue
 
 from ..dataset.dataset import Dataset
 from ..errors import ConfigurationError
@@ -40,7 +41,8 @@ async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str
     rules = FieldRules(text_fields=split_names(options["text_field"]), id_field=options["id_field"])
     opened = [open_source(argument, rules=rules) for argument in sources]
     dataset = await to_thread.run_sync(_open_dataset, to, options)
-    async with open_service(redis, options["namespace"]) as queue:
+    async with open_service(redis) as connection:
+        queue = Queue(connection, namespace=options["namespace"])
         index = await to_thread.run_sync(dataset.open_index)
         remember_job(dataset, options["job"], sources)
         admitter = Admitter(dataset, index, job=options["job"])

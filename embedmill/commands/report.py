@@ -58,6 +58,8 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
     yield f"  documents   {'none that had not been read before' if nothing else words}"
     yield f"  passages    {summary.embedded:,} embedded of {summary.admitted:,} ({counts.embedded:,} now)"
     yield f"  tokens      {counts.tokens:,} in {counts.requests:,} requests"
+    if counts.lost_tokens:
+        yield f"              and up to about {counts.lost_tokens:,} more for requests whose answer was lost"
     if counts.truncated:
         yield f"  cut         {counts.truncated:,} passages, to the model's limit"
     if counts.rate_limited or counts.failed_requests:
@@ -102,6 +104,7 @@ def _as_record(ended: RunEnded, summary: DatasetSummary, status: int) -> dict[st
             "adopted": counts.adopted,
             "failed": counts.failed,
             "tokens": counts.tokens,
+            "lost_tokens": counts.lost_tokens,
             "requests": counts.requests,
             "truncated": counts.truncated,
             "rate_limited": counts.rate_limited,

@@ -17,6 +17,7 @@ from anyio import to_thread
 from scheduler.admission import Admitter
 from scheduler.budget import RequestBudget
 from scheduler.intake import Intake
+from scheduler.queue import Queue
 from worker.attempts import RetryPolicy, embed_batch
 
 from ..dataset.dataset import Dataset, now_iso
@@ -28,7 +29,7 @@ from ..errors import ConfigurationError, JobFatalError
 from ..sources import FieldRules, Source, open_source
 from .embedders import ModelChoice, make_budget, make_embedder
 from .options import output_options, shared, split_names
-from .pipeline import Pipeline, open_queue
+from .pipeline import Pipeline, open_connection
 from .report import RunEnded, report
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ async def _run(request: RunRequest) -> int:
 
 async def _run_on(dataset: Dataset, sources: Sequence[Source], embedder: Embedder, request: RunRequest) -> RunEnded:
     async with AsyncExitStack() as stack:
-        connection, queue = await stack.enter_async_context(open_queue(request.redis, namespace=request.namespace))
+        connection = await stack.enter_async_context(open_connection(request.redis))
+        # A queue of its own, since this worker knows one model only; the budget of the key is everybody's.
+        queue = Queue(connection, namespace=f"{request.namespace}:run:{dataset.info.id}")
         budget = make_budget(request.choice, connection, namespace=request.namespace)
         await _probe(embedder, budget)
         loader = _make_loader(dataset, request)

@@ -1,4 +1,4 @@
-"""`embedmill scheduler` and `embedmill worker`: the services that operators run, on a Redis that they share."""
+"""`embedmill scheduler`, `worker` and `loader`: the services that operators run, on a Redis that they share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import anyio
 import click
 from anyio import to_thread
 
+from scheduler.connection import Connection
 from scheduler.queue import Queue
 from scheduler.service import check_durability, run_scheduler
 from worker.service import Worker
@@ -20,7 +21,9 @@ from ..dataset.dataset import Dataset
 from ..errors import ConfigurationError
 from .embedders import ModelChoice, make_budget, make_embedder
 from .options import shared
-from .pipeline import open_queue
+from .pipeline import open_connection
+
+_log = logging.getLogger("embedmill")
 
 
 @click.command()
@@ -40,6 +43,16 @@ def worker(redis: str | None, namespace: str, **options: Any) -> int:
     return anyio.run(_worker, require_redis(redis), namespace, ModelChoice(**options))
 
 
+@click.command()
+@shared("to", "milvus", "collection", "redis", "namespace")
+def loader(to: str | None, milvus: str | None, collection: str | None, redis: str | None, namespace: str) -> int:
+    """Load the shards of a dataset into Milvus as they are committed, until SIGTERM."""
+    _log_to_stderr()
+    if to is None or milvus is None:
+        raise ConfigurationError("name the dataset with --to DATASET and its target with --milvus URI")
+    return anyio.run(_loader, to, milvus, collection, require_redis(redis), namespace)
+
+
 def require_redis(redis: str | None) -> str:
     if redis is None:
         raise ConfigurationError(
@@ -50,35 +63,49 @@ def require_redis(redis: str | None) -> str:
 
 async def _scheduler(datasets: tuple[str, ...], redis: str, namespace: str) -> int:
     opened = [Dataset.open(url) for url in datasets]
-    async with open_service(redis, namespace) as queue:
+    async with open_service(redis) as connection:
         stopping = anyio.Event()
         async with until_signal(stopping.set):
-            await run_scheduler(opened, queue, stopping=stopping)
+            await run_scheduler(opened, Queue(connection, namespace=namespace), stopping=stopping)
     return 0
 
 
 async def _worker(redis: str, namespace: str, choice: ModelChoice) -> int:
     embedder = await to_thread.run_sync(make_embedder, choice)
     try:
-        async with open_queue(redis, namespace=namespace) as (connection, queue):
-            check_durability(await connection.check(), url=connection.shown)
+        async with open_service(redis) as connection:
+            queue = Queue(connection, namespace=namespace)
             service = Worker(queue, embedder, budget=make_budget(choice, connection, namespace=namespace), grace_s=25)
-            logging.getLogger("embedmill").info("worker for %s on %s", choice.model, connection.shown)
+            _log.info("worker for %s on %s", choice.model, connection.shown)
             async with until_signal(service.stop):
-                await service.run(
-                    on_commit=lambda shard: logging.getLogger("embedmill").info("shard %d committed", shard)
-                )
+                await service.run(on_commit=lambda shard: _log.info("shard %d committed", shard))
     finally:
         await embedder.aclose()
     return 0
 
 
+async def _loader(to: str, milvus: str, collection: str | None, redis: str, namespace: str) -> int:
+    from loader.service import Loader
+    from loader.target import MilvusTarget
+
+    stopping = anyio.Event()
+    async with (
+        open_service(redis) as connection,
+        Loader(Dataset.open(to), MilvusTarget(milvus, collection=collection)) as service,
+    ):
+        _log.info("loading %s into collection %s of %s", to, service.collection, milvus)
+        async with until_signal(stopping.set):
+            await service.follow(Queue(connection, namespace=namespace), stopping)
+        _log.info("stopped; %d rows loaded", service.counts.rows_upserted)
+    return 0
+
+
 @asynccontextmanager
-async def open_service(redis: str, namespace: str) -> AsyncIterator[Queue]:
-    """A queue on a server that may be trusted with one."""
-    async with open_queue(redis, namespace=namespace) as (connection, queue):
+async def open_service(redis: str) -> AsyncIterator[Connection]:
+    """A server that may be trusted with a queue."""
+    async with open_connection(redis) as connection:
         check_durability(await connection.check(), url=connection.shown)
-        yield queue
+        yield connection
 
 
 @asynccontextmanager

@@ -117,10 +117,10 @@ class DatasetIndex:
         """(id, version, shard, row) of the highest version of every id, in the order of ids."""
         yield from self._connection.execute("SELECT id, max(version), shard, row FROM passages GROUP BY id ORDER BY id")
 
-    def count(self) -> tuple[int, int]:
-        """Distinct ids, and rows."""
-        row = self._connection.execute("SELECT count(DISTINCT id), count(*) FROM passages").fetchone()
-        return int(row[0]), int(row[1])
+    @property
+    def rows(self) -> int:
+        """Rows of the log that the index has absorbed."""
+        return int(self._connection.execute("SELECT coalesce(sum(rows), 0) FROM shards").fetchone()[0])
 
     def _remember_pushes(self, origin: ShardOrigin, *, rows: int) -> list[int]:
         """Note how far each push was read; the number of the push that each row came from (0: none)."""

@@ -1,5 +1,7 @@
 """Which field becomes id, text and metadata; what names a push; what the built-in sources hold."""
 
+import asyncio
+import inspect
 import json
 import os
 import subprocess
@@ -123,16 +125,16 @@ def test_one_text_file_is_one_document(tmp_path: Path) -> None:
 def test_pydoc_holds_thousands_of_unique_passages_and_good_answers_on_waiting_for_coroutines() -> None:
     passages = {passage.id: passage for passage in collect_passages()}
     assert len(passages) == len(collect_passages())
-    assert 2500 <= len(passages) <= 5000
+    assert 2500 <= len(passages) <= 6000
     assert "aggregating results from the given coroutines" in passages["asyncio.gather"].text
     assert passages["asyncio.wait"].text == "asyncio.wait\n\nWait for the Futures or Tasks given by fs to complete."
-    assert "timeout=None" in json.loads(passages["asyncio.wait"].metadata)["signature"]
     assert "managing groups of tasks" in passages["asyncio.TaskGroup"].text
     assert passages["topic:with#2"].text.startswith('The "with" statement\n\n')
     assert json.loads(passages["asyncio.wait"].metadata) == {
         "kind": "function",
         "module": "asyncio",
         "name": "asyncio.wait",
+        "signature": str(inspect.signature(asyncio.wait)),
     }
 
 
