@@ -31,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
 def write_result(name: str, record: Mapping[str, Any]) -> Path:
     """Write a result beside its earlier ones; its path."""
     now = datetime.now(tz=UTC)
-    path = FOLDER / f"{name}-{now:%Y%m%dT%H%M%S}.json"
+    path = FOLDER / f"{name}-{now:%Y%m%dT%H%M%S.%f}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"benchmark": name, "at": now.isoformat(timespec="seconds"), "machine": describe_machine(), **record}
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

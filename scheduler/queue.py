@@ -98,6 +98,10 @@ class Queue:
     async def depth(self) -> Depth:
         return Depth(*(int(count) for count in await self._connection.script("depth", [self._prefix])))
 
+    async def clear(self) -> int:
+        """Forget every task, lease and dead letter: for a queue with one owner, which rebuilds it from the dataset."""
+        return int(await self._connection.script("clear", [self._prefix]))
+
     async def wait_for_work(self, after: str, *, timeout_s: float) -> str:
         """Sleep until tasks were added after the wake-up `after` (start with "0"), at most `timeout_s`."""
         return await self._connection.wait_for_entry(f"{self._prefix}:wake", after, timeout_s=timeout_s)

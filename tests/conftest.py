@@ -77,7 +77,9 @@ class Command:
         stdin: int = subprocess.DEVNULL,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG") if name in os.environ}
+        kept = {
+            name: os.environ[name] for name in ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG") if name in os.environ
+        }
         ours = {"TMPDIR": str(self.temporary), "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TESTED_BY": self.token}
         return subprocess.Popen(
             [sys.executable, "-m", "embedmill", *map(str, arguments)],

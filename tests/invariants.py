@@ -95,7 +95,7 @@ def logged_ids(url: str | Path) -> list[str]:
     root = Path(url)
     ids: list[str] = []
     for path in sorted((root / layout.DOCUMENTS_FOLDER).glob("*.parquet")):
-        ids += pq.read_table(path, columns=["id"])["id"].to_pylist()
+        ids += [str(id_) for id_ in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     return ids
 
 
@@ -125,7 +125,9 @@ def _check_marker(root: Path, dataset: Dataset, marker: Marker, table: pa.Table)
     failed = np.flatnonzero(marker.statuses == layout.FAILED).tolist()
     causes = [(f["row"], f["id"], f["version"]) for f in record["failures"]]
     ids, versions = table["id"].to_pylist(), table["version"].to_pylist()
-    assert causes == [(row, ids[row], versions[row]) for row in failed], f"{name}: failed rows {failed}, causes {causes}"
+    assert causes == [(row, ids[row], versions[row]) for row in failed], (
+        f"{name}: failed rows {failed}, causes {causes}"
+    )
     deleted = np.array(table["deleted"].to_pylist(), dtype=bool)
     assert not (deleted & (marker.statuses == layout.EMBEDDED)).any(), f"{name}: deleted rows are embedded"
     assert layout.documents_key(marker.shard) in record["objects"], f"{name} does not describe its documents"

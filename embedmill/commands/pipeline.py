@@ -51,9 +51,10 @@ async def open_connection(redis: str | None) -> AsyncIterator[Connection]:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run ended. stopped: by a signal, with work left."""
+    """How a run ended. stopped: by a signal, with work left; done: passages with a result, kept in checkpoints or committed."""
 
     stopped: bool = False
+    done: int = 0
     seconds: float = 0.0
     admitted: AdmissionCounts = field(default_factory=AdmissionCounts)
 
@@ -106,7 +107,8 @@ class Pipeline:
             finally:
                 background.cancel_scope.cancel()
         await to_thread.run_sync(self._dataset.publish_shape)
-        return Outcome(self._stopping.is_set(), time.monotonic() - started, self._admitter.counts)
+        seconds = time.monotonic() - started
+        return Outcome(self._stopping.is_set(), self.snapshot().done, seconds, self._admitter.counts)
 
     def stop(self) -> None:
         self._stopping.set()

@@ -56,7 +56,10 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
     nothing = not (admitted.new or admitted.updated or admitted.unchanged)
     words = f"{admitted.new:,} new, {admitted.updated:,} changed, {admitted.unchanged:,} unchanged"
     yield f"  documents   {'none that had not been read before' if nothing else words}"
-    yield f"  passages    {summary.embedded:,} embedded of {summary.admitted:,} ({counts.embedded:,} now)"
+    if ended.outcome.stopped:
+        yield f"  passages    {ended.outcome.done:,} done so far of {summary.admitted:,} ({counts.embedded:,} now)"
+    else:
+        yield f"  passages    {summary.embedded:,} embedded of {summary.admitted:,} ({counts.embedded:,} now)"
     yield f"  tokens      {counts.tokens:,} in {counts.requests:,} requests"
     if counts.lost_tokens:
         yield f"              and up to about {counts.lost_tokens:,} more for requests whose answer was lost"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, closing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from anyio import to_thread
 
 from scheduler.admission import Admitter
 from scheduler.budget import RequestBudget
+from scheduler.connection import Connection
 from scheduler.intake import Intake
 from scheduler.queue import Queue
 from worker.attempts import RetryPolicy, embed_batch
@@ -137,7 +138,7 @@ async def _run_on(dataset: Dataset, sources: Sequence[Source], embedder: Embedde
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(open_connection(request.redis))
         # A queue of its own, since this worker knows one model only; the budget of the key is everybody's.
-        queue = Queue(connection, namespace=f"{request.namespace}:run:{dataset.info.id}")
+        queue = await stack.enter_async_context(_own_queue(connection, f"{request.namespace}:run:{dataset.info.id}"))
         budget = make_budget(request.choice, connection, namespace=request.namespace)
         await _probe(embedder, budget)
         loader = _make_loader(dataset, request)
@@ -173,6 +174,18 @@ async def _probe(embedder: Embedder, budget: RequestBudget) -> None:
     if embedder.spec.model.startswith(("local/", "null/")):
         return
     await embed_batch(embedder, ["embedmill"], budget=budget, role="query", policy=_PROBE)
+
+
+@asynccontextmanager
+async def _own_queue(connection: Connection, namespace: str) -> AsyncIterator[Queue]:
+    """A queue that is empty before and gone after: an earlier run, killed, may have left leases in it."""
+    queue = Queue(connection, namespace=namespace)
+    await queue.clear()
+    try:
+        yield queue
+    finally:
+        with anyio.move_on_after(2, shield=True):
+            await queue.clear()
 
 
 def _make_loader(dataset: Dataset, request: RunRequest) -> Loader | None:

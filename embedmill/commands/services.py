@@ -18,12 +18,15 @@ from scheduler.service import check_durability, run_scheduler
 from worker.service import Worker
 
 from ..dataset.dataset import Dataset
+from ..dataset.layout import ZARR_ARRAY_KEY
+from ..dataset.store import open_store
 from ..errors import ConfigurationError
 from .embedders import ModelChoice, make_budget, make_embedder
 from .options import shared
 from .pipeline import open_connection
 
 _log = logging.getLogger("embedmill")
+_DATASET_POLL_S = 2.0
 
 
 @click.command()
@@ -62,12 +65,18 @@ def require_redis(redis: str | None) -> str:
 
 
 async def _scheduler(datasets: tuple[str, ...], redis: str, namespace: str) -> int:
-    opened = [Dataset.open(url) for url in datasets]
-    async with open_service(redis) as connection:
-        stopping = anyio.Event()
-        async with until_signal(stopping.set):
-            await run_scheduler(opened, Queue(connection, namespace=namespace), stopping=stopping)
+    stopping = anyio.Event()
+    async with open_service(redis) as connection, until_signal(stopping.set), anyio.create_task_group() as group:
+        for url in datasets:
+            group.start_soon(_schedule, url, Queue(connection, namespace=namespace), stopping)
     return 0
+
+
+async def _schedule(url: str, queue: Queue, stopping: anyio.Event) -> None:
+    dataset = await open_when_there(url, stopping)
+    if dataset is not None:
+        _log.info("keeping the queue true to %s", dataset.url)
+        await run_scheduler([dataset], queue, stopping=stopping)
 
 
 async def _worker(redis: str, namespace: str, choice: ModelChoice) -> int:
@@ -89,15 +98,33 @@ async def _loader(to: str, milvus: str, collection: str | None, redis: str, name
     from loader.target import MilvusTarget
 
     stopping = anyio.Event()
-    async with (
-        open_service(redis) as connection,
-        Loader(Dataset.open(to), MilvusTarget(milvus, collection=collection)) as service,
-    ):
-        _log.info("loading %s into collection %s of %s", to, service.collection, milvus)
-        async with until_signal(stopping.set):
+    async with open_service(redis) as connection, until_signal(stopping.set):
+        dataset = await open_when_there(to, stopping)
+        if dataset is None:
+            return 0
+        async with Loader(dataset, MilvusTarget(milvus, collection=collection)) as service:
+            _log.info("loading %s into collection %s of %s", to, service.collection, service.target.address.shown)
             await service.follow(Queue(connection, namespace=namespace), stopping)
-        _log.info("stopped; %d rows loaded", service.counts.rows_upserted)
+            _log.info("stopped; %d rows loaded", service.counts.rows_upserted)
     return 0
+
+
+async def open_when_there(url: str, stopping: anyio.Event) -> Dataset | None:
+    """The dataset, waited for while nobody has pushed to it yet; None when stopped before that.
+
+    Services start in any order, often before the first push.
+    """
+    store, said = open_store(url), False
+    # The array's metadata is the last object of a new dataset.
+    while not await to_thread.run_sync(store.exists, ZARR_ARRAY_KEY):
+        if not said:
+            _log.info("waiting for %s: the first `embedmill push` or `run` --to %s makes it", store.url, url)
+            said = True
+        with anyio.move_on_after(_DATASET_POLL_S):
+            await stopping.wait()
+        if stopping.is_set():
+            return None
+    return await to_thread.run_sync(Dataset.open, url)
 
 
 @asynccontextmanager
