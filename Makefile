@@ -35,7 +35,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.pipeline --profile
 	$(BIN)/python -m benchmarks.minilm
 
 # Retrieval quality against relevance judgements: make judged CORPUS=folder with corpus.jsonl, queries.jsonl, qrels.tsv

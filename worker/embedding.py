@@ -227,7 +227,8 @@ class ShardEmbedding:
         )
 
     def _add(self, rows: list[int], embedding: Embedding, *, positions: list[int]) -> None:
-        truncated = tuple(rows[positions.index(p)] for p in embedding.truncated if p in positions)
+        row_of = dict(zip(positions, rows, strict=True))
+        truncated = tuple(row_of[position] for position in embedding.truncated if position in row_of)
         increment = Increment(
             rows=np.array(rows, dtype=np.int32),
             vectors=embedding.vectors[positions] if positions else np.empty((0, self._results.dimensions), np.float32),

@@ -51,7 +51,7 @@ async def open_connection(redis: str | None) -> AsyncIterator[Connection]:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run ended. stopped: by a signal, with work left; done: passages with a result, kept in checkpoints or committed."""
+    """How a run ended. stopped: by a signal, with work left; done: passages with a result, in checkpoints or committed."""
 
     stopped: bool = False
     done: int = 0

@@ -156,4 +156,7 @@ async def until_signal(stop: Callable[[], object]) -> AsyncIterator[None]:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    _log.setLevel(logging.INFO)
+    # Milvus Lite's own server logs a traceback for every call that it does not know, and pymilvus tries such calls.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
