@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -67,8 +68,11 @@ class Command:
         stdin: bytes | None = None,
         environment: Mapping[str, str] | None = None,
         timeout_s: float = 60,
+        largest_file_bytes: int | None = None,
     ) -> Ended:
         process = self.start(*arguments, stdin=subprocess.PIPE, environment=environment)
+        if largest_file_bytes is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest_file_bytes, resource.RLIM_INFINITY))
         return finish(process, stdin=stdin or b"", timeout_s=timeout_s)
 
     def start(

@@ -155,9 +155,14 @@ async def _run_on(dataset: Dataset, sources: Sequence[Source], embedder: Embedde
         try:
             outcome = await pipeline.run(sources, quiet=request.as_json)
         except* JobFatalError as group:
-            remember_job(dataset, request.job, (), state="paused", reason=str(group.exceptions[0]))
+            remember_job(dataset, request.job, (), state="paused", reason=_reason(group))
             raise
         return RunEnded(request.to, request.milvus, loader, pipeline.worker.counts, intake, outcome)
+
+
+def _reason(error: BaseException) -> str:
+    """What a group of groups is about: its first error, in its own words."""
+    return _reason(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else str(error)
 
 
 def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:

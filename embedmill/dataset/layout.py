@@ -62,7 +62,7 @@ def spend_key(worker: str) -> str:
 def numbers(names: Sequence[str], *, suffix: str) -> list[int]:
     """Shard numbers of object names like `00000042.json`; other names are not ours and are passed over."""
     stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
-    return [int(stem) for stem in stems if stem.isdigit()]
+    return [int(stem) for stem in stems if stem.isdecimal()]
 
 
 def to_json(record: Mapping[str, Any]) -> bytes:
@@ -231,10 +231,11 @@ class Marker:
                 replaces=tuple(record["replaces"]),
                 objects={key: StoredObject(**value) for key, value in record["objects"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+            rows = record["rows"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptStore(f"{name} is incomplete: {error}") from error
-        if marker.rows != record["rows"]:
-            raise CorruptStore(f"{name} says {record['rows']} rows and gives the status of {marker.rows}")
+        if marker.rows != rows:
+            raise CorruptStore(f"{name} says {rows} rows and gives the status of {marker.rows}")
         return marker
 
 

@@ -71,7 +71,7 @@ def decode_shard(
     index = np.frombuffer(footer[:-_CRC_BYTES], dtype="<u8").reshape(chunks, 2)
     result = np.full((-(-rows // chunk_rows) * chunk_rows, dimensions), np.nan, dtype=dtype)
     chunk_bytes = chunk_rows * dimensions * dtype.itemsize
-    view = memoryview(data)
+    view = memoryview(data)[:-footer_bytes]
     for number in range(len(result) // chunk_rows):
         offset, length = (int(value) for value in index[number])
         if offset == _ABSENT:

@@ -106,7 +106,10 @@ class LocalStore:
                 if self.read_or_none(key) != expected:
                     raise ObjectChanged(f"{path} was changed by somebody else")
                 temporary = self._write_temporary(path, data)
-                temporary.replace(path)
+                try:
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
                 _sync_folder(path.parent)
         except OSError as error:
             _refuse("write", path, error)
@@ -117,7 +120,9 @@ class LocalStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(descriptor, data)
+                written = 0
+                while written < len(data):
+                    written += os.write(descriptor, data[written:])
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -215,4 +220,4 @@ def _refuse(verb: str, path: Path, error: OSError) -> NoReturn:
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise StorageError(f"cannot {verb} {path}: {reason}; free some space and run the same command again") from error
-    raise StorageError(f"cannot {verb} {path}: {reason}") from error
+    raise StorageError(f"cannot {verb} {path}: {reason}; see to the path and its permissions") from error

@@ -60,10 +60,10 @@ class Provider:
 
 
 @contextmanager
-def provider(command: Command, *, latency_s: float) -> Iterator[Provider]:
+def provider(command: Command, *behaviour: str, latency_s: float) -> Iterator[Provider]:
     limits = ("--rpm", "0", "--tpm", "0", "--concurrency", "0")
     latency = ("--latency-ms", str(latency_s * 1000), "--jitter-ms", "0")
-    process = command.start("rehearse", "--port", "0", *limits, *latency)
+    process = command.start("rehearse", "--port", "0", *limits, *latency, *behaviour)
     try:
         assert process.stdout is not None
         line = next(line.decode() for line in process.stdout if b"--api-base" in line)
@@ -206,6 +206,31 @@ def test_stopped_by_a_signal_it_says_how_to_go_on_and_nothing_is_paid_for_twice(
         check_dataset(out, source=texts)
         probes = 2
         assert slow.stats()["texts_embedded"] == len(texts) + probes
+
+
+def test_out_of_money_it_says_so_keeps_what_was_paid_for_and_goes_on_with_new_money(
+    embedmill: Command, long_corpus: Corpus
+) -> None:
+    texts = dict(list(long_corpus.texts.items())[:300])
+    source = write_jsonl(embedmill.folder / "some.jsonl", [{"id": id_, "text": text} for id_, text in texts.items()])
+    out = embedmill.folder / "out"
+    with provider(embedmill, "--no-balance-after", "100000", latency_s=0.05) as empty:
+        ended = embedmill("run", source, "--to", out, *empty.options(), environment=KEY)
+        paid = empty.stats()["texts_embedded"] - 1
+    assert (ended.status, ended.stdout) == (3, "")
+    assert len(ended.stderr.splitlines()) == 1
+    assert "Insufficient account balance" in ended.stderr
+    job = Dataset.open(str(out)).job("main")
+    assert job is not None
+    assert job.state == "paused"
+    assert "Insufficient account balance" in job.reason
+    check_dataset(out, at_rest=False)
+    assert 0 < rows_in_checkpoints(out) == paid < len(texts)
+    with provider(embedmill, latency_s=0) as refilled:
+        ended = embedmill("run", source, "--to", out, *refilled.options(), environment=KEY)
+    assert ended.status == 0
+    assert ended.record["now"]["embedded"] == len(texts) - paid
+    check_dataset(out, source=texts)
 
 
 def expect_a_clean_stop(stopped: Ended, out: Path) -> None:
