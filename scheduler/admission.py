@@ -66,6 +66,9 @@ class Admitter:
         self._open_bytes = 0
         self._read: dict[str, tuple[str, Cursor]] = {}
         self._logged: dict[str, Cursor | None] = {}
+        # Other processes may move the index on under us. What is open was held against the log before this number, and
+        # only whoever has read all of it may write the next.
+        self._next_shard = index.next_shard
         self.counts = AdmissionCounts()
 
     def resume_after(self, push_key: str) -> Cursor | None:
@@ -76,7 +79,8 @@ class Admitter:
         """Take records of one push in the order of reading. Raises StorageError when a shard cannot be written; what was not
         closed by then is read again by whoever resumes."""
         result = Admitted()
-        known = self._index.newest([record.id for record in records if isinstance(record, SourceDocument)])
+        ids = [record.id for record in records if isinstance(record, SourceDocument)]
+        known = self._look_up(ids)
         for record in records:
             self._read[push_key] = (name, record.cursor)
             if isinstance(record, Reject):
@@ -87,22 +91,23 @@ class Admitter:
                 self._reject(result, Reject(record.place, reason, record.cursor, record.id))
             if len(self._open) >= self._dataset.info.shard_rows or self._open_bytes >= MAX_SHARD_TEXT_BYTES:
                 result.tasks.extend(self.close_shard())
-                known = self._index.newest([item.id for item in records if isinstance(item, SourceDocument)])
+                known = self._look_up(ids)
         return result
 
     def close_shard(self) -> list[Task]:
         """Write the open shard, however full; its task, or none when there was nothing in it."""
         while self._open:
-            shard = self._index.next_shard
+            shard = self._next_shard
             origin = self._origin(shard)
             try:
                 table = self._dataset.append_passages(shard, [w.passage for w in self._open], origin=origin)
             except ObjectExists:
                 self._dataset.catch_up(self._index)
-                self._logged.clear()
+                self._next_shard = self._index.next_shard
                 self._drop_admitted()
                 continue
             self._index.absorb(shard, table, origin)
+            self._next_shard = shard + 1
             task = self._task(shard)
             self._clear()
             return [task]
@@ -110,12 +115,10 @@ class Admitter:
 
     def _take(self, push_key: str, record: SourceDocument, known: Known | None) -> str | None:
         """Put a document into the open shard, or pass over it; the reason when it is refused."""
+        if self._is_logged(push_key, record.cursor):
+            return None
         waiting = self._open_ids.get(record.id)
-        if waiting is not None and waiting.push_key == push_key:
-            return "this id stands twice in this source; the first one is kept"
-        if known is not None and known.push_key == push_key:
-            if self._is_logged(push_key, record.cursor):
-                return None
+        if push_key in (waiting and waiting.push_key, known and known.push_key):
             return "this id stands twice in this source; the first one is kept"
         text_hash, metadata_hash = record.text_hash, record.metadata_hash
         version, carried = 1, None
@@ -148,6 +151,12 @@ class Admitter:
         self.counts.rejected += 1
         result.rejects.append(reject)
 
+    def _look_up(self, ids: Sequence[str]) -> dict[str, Known]:
+        known = self._index.newest(ids)
+        # Read again after the rows, never before: a row of a push must not be newer than what is known of its cursor.
+        self._logged.clear()
+        return known
+
     def _is_logged(self, push_key: str, cursor: Cursor) -> bool:
         """True when the log has read this push to here already: another admitter was at it too."""
         if push_key not in self._logged:
@@ -159,7 +168,7 @@ class Admitter:
         """After a lost race: keep what the log does not hold yet, with versions above those that it holds now."""
         waiting = self._open
         self._clear()
-        known = self._index.newest([w.passage.id for w in waiting])
+        known = self._look_up([w.passage.id for w in waiting])
         for w in waiting:
             if w.passage.version == 1:
                 self.counts.new -= 1
@@ -183,4 +192,3 @@ class Admitter:
 
     def _clear(self) -> None:
         self._open, self._open_ids, self._open_bytes = [], {}, 0
-        self._logged.clear()

@@ -29,6 +29,7 @@ from ..dataset.index import DatasetIndex
 from ..embedder import Embedder
 from ..sources.opening import Source
 from .progress import Snapshot, show
+from .standard_input import StoppableInput
 
 if TYPE_CHECKING:
     from loader.service import Loader
@@ -73,6 +74,7 @@ class Pipeline:
         intake: Intake,
         admitter: Admitter,
         loader: Loader | None,
+        standard_input: StoppableInput | None = None,
     ) -> None:
         self._dataset = dataset
         self._index = index
@@ -80,6 +82,7 @@ class Pipeline:
         self._intake = intake
         self._admitter = admitter
         self._loader = loader
+        self._standard_input = standard_input
         self.worker = Worker(queue, embedder, budget=budget)
         self._stopping = anyio.Event()
         self._committed = anyio.Event()
@@ -112,9 +115,14 @@ class Pipeline:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._intake.stop()
+        self._stop_reading()
         self.worker.stop()
         self._committed.set()
+
+    def _stop_reading(self) -> None:
+        self._intake.stop()
+        if self._standard_input is not None:
+            self._standard_input.stop()
 
     async def _admit(self, sources: Sequence[Source]) -> None:
         try:
@@ -131,7 +139,7 @@ class Pipeline:
                 group.cancel_scope.cancel()
         finally:
             self._embedding_done = True
-            self._intake.stop()
+            self._stop_reading()
             self._committed.set()
 
     async def _stop_when_done(self) -> None:

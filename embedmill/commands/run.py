@@ -32,6 +32,7 @@ from .embedders import ModelChoice, make_budget, make_embedder
 from .options import output_options, shared, split_names
 from .pipeline import Pipeline, open_connection
 from .report import RunEnded, report
+from .standard_input import StoppableInput, make_standard_input_stoppable
 
 if TYPE_CHECKING:
     from loader.service import Loader
@@ -123,18 +124,25 @@ def _default_target(source: str) -> str:
 
 
 async def _run(request: RunRequest) -> int:
+    standard_input = make_standard_input_stoppable() if "-" in request.sources else None
     sources = [open_source(argument, rules=request.rules) for argument in request.sources]
     embedder = await to_thread.run_sync(make_embedder, request.choice)
     try:
         dataset = await to_thread.run_sync(_open_dataset, request, embedder)
         with _exclusively(dataset):
-            ended = await _run_on(dataset, sources, embedder, request)
+            ended = await _run_on(dataset, sources, embedder, request, standard_input)
     finally:
         await embedder.aclose()
     return report(ended, summarize(dataset), as_json=request.as_json)
 
 
-async def _run_on(dataset: Dataset, sources: Sequence[Source], embedder: Embedder, request: RunRequest) -> RunEnded:
+async def _run_on(
+    dataset: Dataset,
+    sources: Sequence[Source],
+    embedder: Embedder,
+    request: RunRequest,
+    standard_input: StoppableInput | None,
+) -> RunEnded:
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(open_connection(request.redis))
         # A queue of its own, since this worker knows one model only; the budget of the key is everybody's.
@@ -150,6 +158,7 @@ async def _run_on(dataset: Dataset, sources: Sequence[Source], embedder: Embedde
         pipeline = Pipeline(
             dataset, index, queue,
             embedder=embedder, budget=budget, intake=intake, admitter=admitter, loader=loader,
+            standard_input=standard_input,
         )  # fmt: skip
         remember_job(dataset, request.job, request.sources)
         try:

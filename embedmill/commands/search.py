@@ -27,6 +27,9 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.argument("text")
 @shared("milvus", "collection", "api_base")
+@click.option(
+    "--model", metavar="local/PATH", help="Where the collection's own model lies here, if not where its name says."
+)
 @click.option("--limit", default=5, show_default=True, help="How many hits.")
 @click.option("--filter", "expression", default="", metavar="EXPR", help="Milvus' filter, over id and metadata.")
 @output_options
@@ -36,6 +39,7 @@ def search(
     milvus: str | None,
     collection: str | None,
     api_base: str | None,
+    model: str | None,
     limit: int,
     expression: str,
     as_json: bool,
@@ -48,6 +52,7 @@ def search(
         milvus=milvus,
         collection=collection,
         api_base=api_base,
+        model=model,
         limit=limit,
         expression=expression,
         as_json=as_json,
@@ -56,7 +61,15 @@ def search(
 
 
 async def _search(
-    text: str, *, milvus: str, collection: str | None, api_base: str | None, limit: int, expression: str, as_json: bool
+    text: str,
+    *,
+    milvus: str,
+    collection: str | None,
+    api_base: str | None,
+    model: str | None,
+    limit: int,
+    expression: str,
+    as_json: bool,
 ) -> None:
     from loader.search import check_query, choose_collection
     from loader.search import search as find
@@ -71,7 +84,7 @@ async def _search(
         if made_with is None:
             raise RuntimeError("a collection without a description was chosen")
         async with open_embedder(
-            made_with.model, dimensions=made_with.dimensions, api_base=api_base, options=made_with.options
+            model or made_with.model, dimensions=made_with.dimensions, api_base=api_base, options=made_with.options
         ) as embedder:
             hits = await find(target, embedder, text, limit=limit, filter=expression)
         empty = not hits and not await target.count()

@@ -141,9 +141,16 @@ class Dataset:
         return [shard for shard in live if shard in placed or not self._require_marker(shard).replaces]
 
     def owed(self) -> list[int]:
-        """Numbers of the admitted shards without a marker, in order."""
+        """Numbers of the admitted shards without a marker, in order.
+
+        Raises CorruptStore for a marker without documents: its number would be given again.
+        """
         markers = set(layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json"))
-        return [shard for shard in self.admitted() if shard not in markers]
+        admitted = self.admitted()
+        orphans = markers.difference(admitted)
+        if orphans:
+            raise CorruptStore(f"{self._name(layout.documents_key(min(orphans)))} is missing, and its marker is there")
+        return [shard for shard in admitted if shard not in markers]
 
     def create_vectors(self, shard: int, vectors: NDArray[np.floating]) -> StoredObject:
         """Store a shard's vectors, (n, dimensions), NaN where a row has none. Raises ObjectExists."""

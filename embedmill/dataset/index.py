@@ -5,13 +5,15 @@ A cache and nothing more: whatever it holds is derived from `documents/`, and a 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -61,8 +63,8 @@ class DatasetIndex:
     @property
     def next_shard(self) -> int:
         """The first shard number that the index has not absorbed."""
-        row = self._connection.execute("SELECT max(shard) FROM shards").fetchone()
-        return 0 if row[0] is None else int(row[0]) + 1
+        last = self._execute("SELECT max(shard) FROM shards")[0][0]
+        return 0 if last is None else int(last) + 1
 
     def absorb(self, shard: int, table: pa.Table, origin: ShardOrigin) -> bool:
         """Add a shard of the log; False when somebody already did. Shards are absorbed in their order."""
@@ -76,7 +78,7 @@ class DatasetIndex:
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 ((*value, shard, row, pushes[row]) for row, value in enumerate(values)),
             )
-            self._connection.execute(
+            self._execute(
                 "INSERT INTO shards (shard, rows, replaces) VALUES (?, ?, ?)",
                 (shard, table.num_rows, len(origin.replaces)),
             )
@@ -87,7 +89,7 @@ class DatasetIndex:
         found: dict[str, Known] = {}
         for block in _blocks(ids):
             marks = ",".join("?" * len(block))
-            rows = self._connection.execute(
+            rows = self._execute(
                 "SELECT p.id, max(p.version), p.shard, p.row, p.text_hash, p.metadata_hash, p.deleted, k.key"
                 f" FROM passages p LEFT JOIN pushes k ON k.number = p.push WHERE p.id IN ({marks}) GROUP BY p.id",
                 block,
@@ -101,7 +103,7 @@ class DatasetIndex:
         found: dict[str, list[tuple[int, int, int]]] = {}
         for block in _blocks(ids):
             marks = ",".join("?" * len(block))
-            rows = self._connection.execute(
+            rows = self._execute(
                 f"SELECT id, version, shard, row FROM passages WHERE id IN ({marks}) ORDER BY id, version DESC", block
             )
             for id_, version, shard, row in rows:
@@ -110,70 +112,100 @@ class DatasetIndex:
 
     def cursor(self, push_key: str) -> Cursor | None:
         """How far the log has read a push; None for one that it does not know."""
-        row = self._connection.execute("SELECT cursor FROM pushes WHERE key = ?", (push_key,)).fetchone()
-        return None if row is None or row[0] is None else Cursor(**json.loads(row[0]))
+        rows = self._execute("SELECT cursor FROM pushes WHERE key = ?", (push_key,))
+        return Cursor(**json.loads(rows[0][0])) if rows and rows[0][0] is not None else None
 
     def newest_rows(self) -> Iterator[tuple[str, int, int, int]]:
         """(id, version, shard, row) of the highest version of every id, in the order of ids."""
-        yield from self._connection.execute("SELECT id, max(version), shard, row FROM passages GROUP BY id ORDER BY id")
+        with self._explained():
+            yield from self._connection.execute(
+                "SELECT id, max(version), shard, row FROM passages GROUP BY id ORDER BY id"
+            )
 
     @property
     def rows(self) -> int:
         """Rows of the log that the index has absorbed."""
-        return int(self._connection.execute("SELECT coalesce(sum(rows), 0) FROM shards").fetchone()[0])
+        return int(self._execute("SELECT coalesce(sum(rows), 0) FROM shards")[0][0])
 
     def _remember_pushes(self, origin: ShardOrigin, *, rows: int) -> list[int]:
         """Note how far each push was read; the number of the push that each row came from (0: none)."""
         pushes = [0] * rows
         for source in origin.sources:
-            self._connection.execute(
+            self._execute(
                 "INSERT INTO pushes (key, name, cursor) VALUES (?, ?, ?)"
                 " ON CONFLICT (key) DO UPDATE SET cursor = excluded.cursor",
                 (source.push_key, source.name, json.dumps(source.cursor.as_dict())),
             )
-            row = self._connection.execute("SELECT number FROM pushes WHERE key = ?", (source.push_key,)).fetchone()
-            pushes[source.first_row :] = [int(row[0])] * (rows - source.first_row)
+            number = self._execute("SELECT number FROM pushes WHERE key = ?", (source.push_key,))[0][0]
+            pushes[source.first_row :] = [int(number)] * (rows - source.first_row)
         return pushes
 
     def _open(self) -> sqlite3.Connection:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            return self._connect()
-        except (sqlite3.DatabaseError, _Outdated):
-            shutil.rmtree(self._path.parent, ignore_errors=True)
+            # One process at a time: SQLite gives up at once, without its timeout, when two change the journal mode.
+            with self._path.parent.with_name(".index.lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                return self._connect_or_rebuild()
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+        except sqlite3.DatabaseError as error:
+            raise StorageError(f"cannot open the index {self._path}: {error}") from error
+
+    def _connect_or_rebuild(self) -> sqlite3.Connection:
         try:
+            return self._connect()
+        except sqlite3.OperationalError:
+            # A disk that refuses, or a lock: no reason to take it away from whoever else uses it.
+            raise
+        except (sqlite3.DatabaseError, _Outdated):
+            shutil.rmtree(self._path.parent, ignore_errors=True)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             return self._connect()
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise StorageError(f"cannot build the index {self._path}: {error}") from error
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.executescript(_SCHEMA)
-        stamp = f"{_SCHEMA_VERSION}:{self._dataset_id}"
-        connection.execute("CREATE TABLE IF NOT EXISTS stamp (value TEXT PRIMARY KEY)")
-        connection.execute("INSERT INTO stamp SELECT ? WHERE NOT EXISTS (SELECT 1 FROM stamp)", (stamp,))
-        if connection.execute("SELECT value FROM stamp").fetchone()[0] != stamp:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.executescript(_SCHEMA)
+            stamp = f"{_SCHEMA_VERSION}:{self._dataset_id}"
+            connection.execute("CREATE TABLE IF NOT EXISTS stamp (value TEXT PRIMARY KEY)")
+            connection.execute("INSERT INTO stamp SELECT ? WHERE NOT EXISTS (SELECT 1 FROM stamp)", (stamp,))
+            if connection.execute("SELECT value FROM stamp").fetchone()[0] != stamp:
+                raise _Outdated
+        except BaseException:
             connection.close()
-            raise _Outdated
+            raise
         return connection
+
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._explained():
+            return self._connection.execute(statement, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        try:
+        with self._explained():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                with suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.OperationalError as error:
-            raise StorageError(f"cannot write the index {self._path}: {error}") from error
+            raise StorageError(f"cannot use the index {self._path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"the index {self._path} is damaged ({error}): delete the folder {self._path.parent} and run the same "
+                "command again, which builds it anew"
+            ) from error
 
 
 class _Outdated(Exception):

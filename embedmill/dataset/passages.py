@@ -135,5 +135,5 @@ def _origin_from_json(raw: bytes, *, name: str) -> ShardOrigin:
         )
         carried = {row: (shard, old_row) for row, shard, old_row in record["carried"]}
         return ShardOrigin(record["shard"], record["job"], sources, carried, tuple(record["replaces"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptStore(f"the embedmill metadata of {name} is damaged: {error}") from error

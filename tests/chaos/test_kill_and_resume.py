@@ -133,7 +133,7 @@ def test_killed_20_times_it_ends_with_the_set_of_a_calm_run_and_repays_little(
         began = time.monotonic()
         arguments = ("run", str(long_corpus.path), "--to", str(out), *slow.options())
         kills = kill_again_and_again(
-            lambda: embedmill.start(*arguments, environment=KEY), kills=20, moment_s=lambda: chance.uniform(0.5, 3.5)
+            lambda: embedmill.start(*arguments, environment=KEY), kills=20, moment_s=lambda: chance.uniform(0.5, 3.3)
         )
         kept = rows_in_checkpoints(out)
         last = embedmill(*arguments, environment=KEY)
@@ -175,7 +175,7 @@ def test_killed_while_it_reads_and_commits_it_ends_with_the_set_of_a_calm_run_bi
         wait_until(lambda: lock.exists() and is_locked(lock), process)
         return process
 
-    kills = kill_again_and_again(start_and_wait_for_work, kills=10, moment_s=lambda: chance.uniform(0.0, 0.45))
+    kills = kill_again_and_again(start_and_wait_for_work, kills=8, moment_s=lambda: chance.uniform(0.0, 0.45))
     assert kills >= 5
     last = embedmill(*arguments, "--to", out)
     assert (last.status, last.record["passages"]["failed"]) == (0, 0)
@@ -189,7 +189,7 @@ def test_killed_while_it_reads_and_commits_it_ends_with_the_set_of_a_calm_run_bi
 def test_stopped_by_a_signal_it_says_how_to_go_on_and_nothing_is_paid_for_twice(
     stop: signal.Signals, embedmill: Command, long_corpus: Corpus
 ) -> None:
-    texts = dict(list(long_corpus.texts.items())[:300])
+    texts = dict(list(long_corpus.texts.items())[:200])
     source = write_jsonl(embedmill.folder / "some.jsonl", [{"id": id_, "text": text} for id_, text in texts.items()])
     out = embedmill.folder / "out"
     with provider(embedmill, latency_s=LATENCY_S) as slow:
@@ -208,10 +208,29 @@ def test_stopped_by_a_signal_it_says_how_to_go_on_and_nothing_is_paid_for_twice(
         assert slow.stats()["texts_embedded"] == len(texts) + probes
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_it_waits_for_standard_input_it_ends_at_once(stop: signal.Signals, embedmill: Command) -> None:
+    arguments = ("run", "-", "--to", "out", "--model", "null/8", "--no-milvus")
+    process = embedmill.start(*arguments, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b'{"id":"a","text":"One."}\n')
+    process.stdin.flush()
+    assert wait_until((embedmill.folder / "out" / "jobs" / "main.json").exists, process)
+    time.sleep(0.5)
+    process.send_signal(stop)
+    began = time.monotonic()
+    # Its standard input stays open: it is the other program that does not end.
+    assert process.wait(timeout=10) == 3
+    assert time.monotonic() - began < 5
+    process.communicate()
+    assert embedmill(*arguments, stdin=b'{"id":"a","text":"One."}\n').status == 0
+    check_dataset(embedmill.folder / "out", source={"a": "One."})
+
+
 def test_out_of_money_it_says_so_keeps_what_was_paid_for_and_goes_on_with_new_money(
     embedmill: Command, long_corpus: Corpus
 ) -> None:
-    texts = dict(list(long_corpus.texts.items())[:300])
+    texts = dict(list(long_corpus.texts.items())[:200])
     source = write_jsonl(embedmill.folder / "some.jsonl", [{"id": id_, "text": text} for id_, text in texts.items()])
     out = embedmill.folder / "out"
     with provider(embedmill, "--no-balance-after", "100000", latency_s=0.05) as empty:

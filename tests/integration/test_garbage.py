@@ -334,6 +334,7 @@ DAMAGE = [
     ("vectors.zarr/vectors/zarr.json", written("x"), 3, "zarr.json is not the metadata of the vector array"),
     ("commits/00000000.json", written("{}"), 3, "commits/00000000.json has no format version"),
     ("jobs/main.json", written("x"), 3, "jobs/main.json is not JSON"),
+    ("documents/00000000.parquet", Path.unlink, 3, "documents/00000000.parquet is missing, and its marker is there"),
 ]
 
 

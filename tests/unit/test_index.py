@@ -30,7 +30,8 @@ def logs(draw: st.DrawFn) -> Log:
     log: Log = []
     read = {"p": 0, "q": 0}
     for shard in range(draw(st.integers(0, 4))):
-        passages, sources = [], []
+        passages: list[Passage] = []
+        sources: list[SourcePosition] = []
         for push in draw(st.lists(st.sampled_from(["p", "q"]), min_size=1, max_size=3)):
             first = len(passages)
             for id_ in draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=3)):

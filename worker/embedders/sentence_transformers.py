@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -155,6 +156,8 @@ def _load(name: str, device: str | None) -> SentenceTransformer:
     if _is_path(name) and not _expand(name).is_dir():
         raise ConfigurationError(f"local/{name}: there is no such folder; give one, or a name on the Hugging Face hub")
     disable_progress_bar()
+    # What goes wrong is said in one line, below.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = str(_expand(name)) if _expand(name).is_dir() else name
     try:
@@ -163,7 +166,8 @@ def _load(name: str, device: str | None) -> SentenceTransformer:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ConfigurationError(
-            f"local/{name} cannot be loaded: {reason[:300]}; is it a sentence-transformers model, and the hub reachable?"
+            f"local/{name} cannot be loaded: {reason[:300]}; is it a sentence-transformers model, and the hub reachable? "
+            "A folder is named by its path: --model local/PATH"
         ) from error
 
 
