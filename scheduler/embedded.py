@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,12 +82,15 @@ def _start(binary: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def _answers(process: subprocess.Popen[bytes], socket: Path) -> bool:
+def _answers(process: subprocess.Popen[bytes], path: Path) -> bool:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and process.poll() is None:
-        if socket.exists():
-            return True
-        time.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+                return True
+            except (OSError, ValueError):
+                time.sleep(0.01)
     return False
 
 

@@ -6,6 +6,7 @@ work is cancelled, drained or fails.
 
 from __future__ import annotations
 
+import logging
 import random
 import uuid
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import EMBEDDED, Failure, Marker
 from embedmill.dataset.passages import ShardOrigin
 from embedmill.embedder import Embedder, Embedding
-from embedmill.errors import EmbedmillError, InputRejected, JobFatalError, RateLimited, StorageError
+from embedmill.errors import CorruptStore, EmbedmillError, InputRejected, JobFatalError, RateLimited, StorageError
 from scheduler.budget import RequestBudget
 
 from .attempts import Attempt, embed_batch
@@ -34,6 +35,7 @@ from .spend import SpendLog
 CHECKPOINT_EVERY_S = 2.0
 _MALFORMED_TRIES = 5
 _GATE_TRIES = 4
+_log = logging.getLogger("embedmill.worker")
 
 
 @dataclass(slots=True)
@@ -135,7 +137,13 @@ class ShardEmbedding:
             if marker is None:
                 continue
             embedded = [(row, old_row) for row, old_row in pairs if marker.statuses[old_row] == EMBEDDED]
-            old = self._dataset.vectors(shard)[[old_row for _, old_row in embedded]].astype(np.float32)
+            try:
+                vectors = self._dataset.vectors(shard)
+            except CorruptStore as error:
+                self._tools.counts.last_trouble = f"{error}; what should be taken over from it is embedded again"
+                _log.warning("%s", self._tools.counts.last_trouble)
+                continue
+            old = vectors[[old_row for _, old_row in embedded]].astype(np.float32)
             rows = np.array([row for row, _ in embedded], np.int32)
             carried += self._results.add(Increment(rows, old), kept=True)
         return carried
@@ -221,7 +229,8 @@ class ShardEmbedding:
                 return embedding
             self._tools.counts.last_trouble = f"malformed answer: {whole}"
             self._add([], embedding, positions=[])
-            await anyio.sleep(0.5 * 2**attempt)
+            if attempt + 1 < _MALFORMED_TRIES:
+                await anyio.sleep(0.5 * 2**attempt)
         raise JobFatalError(
             f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
         )
@@ -278,16 +287,21 @@ class ShardEmbedding:
         unkept = self._results.take_unkept()
 
         def commit() -> Marker:
-            self._spend.add(self._shard, unkept)
-            return commit_shard(
-                self._dataset,
-                self._shard,
-                self._results,
-                origin=self._origin,
-                passages=self._ids,
-                attempt=self._attempt,
-                worker=self._tools.worker,
-            )
+            try:
+                self._spend.add(self._shard, unkept)
+                return commit_shard(
+                    self._dataset,
+                    self._shard,
+                    self._results,
+                    origin=self._origin,
+                    passages=self._ids,
+                    attempt=self._attempt,
+                    worker=self._tools.worker,
+                )
+            except EmbedmillError:
+                # Paid for all the same: whoever tries again takes it over.
+                self._checkpoint.keep(unkept)
+                raise
 
         with anyio.CancelScope(shield=True):
             marker = await to_thread.run_sync(commit)

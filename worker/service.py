@@ -11,12 +11,13 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import anyio
 from anyio import to_thread
 
-from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.dataset import Dataset, now_iso
+from embedmill.dataset.layout import Job
 from embedmill.embedder import Embedder
 from embedmill.errors import (
     ConfigurationError,
@@ -42,9 +43,15 @@ class _Held:
     """A lease that is ours, the work under it, and the way to stop that work."""
 
     lease: Lease
-    scope: anyio.CancelScope
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     work: ShardEmbedding | None = None
     settled: bool = False
+
+
+def pause_job(dataset: Dataset, job: str, reason: str) -> None:
+    """Note in the dataset that a job stands still, and why. Blocking."""
+    known = dataset.job(job) or Job(job, created_at=now_iso())
+    dataset.write_job(replace(known, state="paused", reason=reason))
 
 
 def worker_name() -> str:
@@ -93,6 +100,7 @@ class Worker:
         async with anyio.create_task_group() as background:
             background.start_soon(self._listen)
             background.start_soon(self._extend_regularly)
+            background.start_soon(self._tools.budget.keep_alive)
             try:
                 async with anyio.create_task_group() as work:
                     while not self._tools.draining.is_set():
@@ -113,9 +121,18 @@ class Worker:
             with anyio.CancelScope(shield=True):
                 leases = await self._queue.lease(self._tools.worker, count=free)
         for lease in leases:
-            work.start_soon(self._work, lease, on_commit)
+            self._drop_former(lease)
+            held = self._held[lease.epoch] = _Held(lease)
+            work.start_soon(self._work, held, on_commit)
         if not leases:
             await self._pause(_IDLE_S)
+
+    def _drop_former(self, lease: Lease) -> None:
+        """A task that expired under us and came back to us: the work under its former lease ends."""
+        for former in self._held.values():
+            if former.lease.task.id == lease.task.id:
+                former.settled = True
+                former.scope.cancel()
 
     async def _pause(self, timeout_s: float) -> None:
         """Sleep until there may be something to do."""
@@ -137,7 +154,7 @@ class Worker:
     async def _extend_regularly(self) -> None:
         while True:
             await anyio.sleep(self._queue.lease_s / 4)
-            held = list(self._held.values())
+            held = [h for h in self._held.values() if not h.settled]
             if not held:
                 continue
             progressed = [h.lease.task.id for h in held if h.work and h.work.progressed()]
@@ -151,50 +168,58 @@ class Worker:
                     h.settled = True
                     h.scope.cancel()
 
-    async def _work(self, lease: Lease, on_commit: Callable[[int], None] | None) -> None:
-        with anyio.CancelScope() as scope:
+    async def _work(self, held: _Held, on_commit: Callable[[int], None] | None) -> None:
+        lease = held.lease
+        with held.scope:
             try:
-                await self._embed(lease, scope, on_commit)
+                await self._embed(held, on_commit)
             except TransientError as error:
-                await self._later(lease, error)
+                await self._later(held, error)
             except _STOPS_ALL as error:
+                await self._pause_job(lease, error)
                 self._give_up(error)
             except Exception as error:
                 _log.exception("shard %s", lease.task.shard)
                 self._give_up(EmbedmillError(f"shard {lease.task.shard} failed in an unforeseen way: {error!r}"))
             finally:
-                await self._let_go(lease)
+                await self._let_go(held)
 
-    async def _embed(self, lease: Lease, scope: anyio.CancelScope, on_commit: Callable[[int], None] | None) -> None:
-        held = _Held(lease, scope)
-        self._held[lease.task.id] = held
-        dataset = await to_thread.run_sync(self._dataset, lease.task.dataset)
-        held.work = ShardEmbedding(self._tools, dataset, lease.task.shard)
+    async def _embed(self, held: _Held, on_commit: Callable[[int], None] | None) -> None:
+        task = held.lease.task
+        dataset = await to_thread.run_sync(self._dataset, task.dataset)
+        held.work = ShardEmbedding(self._tools, dataset, task.shard)
         marker = await held.work.run()
         if marker is None:
             return
         with anyio.CancelScope(shield=True):
-            await self._queue.finish(lease.task, dead=dead_letters(marker, lease.task))
+            await self._queue.finish(task, dead=dead_letters(marker, task))
             held.settled = True
             self._tools.counts.shards += 1
         if on_commit is not None:
-            on_commit(lease.task.shard)
+            on_commit(task.shard)
 
-    async def _later(self, lease: Lease, error: TransientError) -> None:
+    async def _later(self, held: _Held, error: TransientError) -> None:
+        lease = held.lease
         delay_s = min(60.0, error.retry_after_s or 2.0 ** min(lease.attempts, 6))
         self._tools.counts.last_trouble = f"{error}; shard {lease.task.shard} goes on in {delay_s:.0f} s"
         _log.warning("%s", self._tools.counts.last_trouble)
         with anyio.CancelScope(shield=True):
             await self._queue.retry(lease, delay_s=delay_s)
-        self._held[lease.task.id].settled = True
+        held.settled = True
 
-    async def _let_go(self, lease: Lease) -> None:
+    async def _let_go(self, held: _Held) -> None:
         """Hand back what is not settled: drained, cancelled or failed."""
-        held = self._held.pop(lease.task.id)
+        del self._held[held.lease.epoch]
         self._wake.set()
         if not held.settled:
             with anyio.move_on_after(3, shield=True):
-                await self._queue.release(lease)
+                await self._queue.release(held.lease)
+
+    async def _pause_job(self, lease: Lease, error: EmbedmillError) -> None:
+        """A bad key or an empty account stops the job for everybody, until somebody starts it again."""
+        dataset = self._datasets.get(lease.task.dataset)
+        if isinstance(error, JobFatalError) and dataset is not None:
+            await to_thread.run_sync(pause_job, dataset, lease.task.job, str(error))
 
     def _give_up(self, error: EmbedmillError) -> None:
         if self._fatal is None:

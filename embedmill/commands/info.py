@@ -56,5 +56,6 @@ def _lines(dataset: Dataset) -> Iterator[str]:
     yield f"  stored      {float(str(record['committed_bytes'])) / 1e6:,.1f} MB in {summary.committed_shards:,} shards"
     yield f"  sharding    {dataset.info.shard_rows:,} rows a shard, {dataset.info.chunk_rows:,} a chunk"
     yield "Open it elsewhere:"
-    yield f"  zarr.open({dataset.url + '/vectors.zarr'!r})['vectors']"
-    yield f"  pyarrow.parquet.read_table({dataset.url + '/documents'!r})"
+    yield f"  zarr.open({dataset.url + '/vectors.zarr'!r}, mode='r')['vectors']"
+    yield f"  pyarrow.parquet.read_table({dataset.url + '/documents/00000000.parquet'!r})"
+    yield f"Row i of documents file K is row K * {dataset.info.shard_rows} + i of the vectors."

@@ -16,6 +16,7 @@ from ..errors import ConfigurationError
 
 DEFAULT_MODEL = "local/minilm"
 CONFIG_NAME = "embedmill.toml"
+_PREFIX = "EMBEDMILL_"
 _OTHER_VARIABLES = {"EMBEDMILL_CONFIG", "EMBEDMILL_MINILM_PATH"}
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
@@ -89,7 +90,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """Raises ConfigurationError for an `EMBEDMILL_…` variable that means nothing: it was meant to mean something."""
     known = {_variable(name) for name in _SHARED} | _OTHER_VARIABLES
     for variable in environment:
-        if variable.startswith("EMBEDMILL_") and variable not in known:
+        if variable.startswith(_PREFIX) and variable not in known:
             raise ConfigurationError(f"the environment sets {variable}, which is no setting{_near(variable, known)}")
 
 
@@ -98,12 +99,14 @@ def split_names(names: str) -> tuple[str, ...]:
 
 
 def _variable(name: str) -> str:
-    return f"EMBEDMILL_{name.upper()}"
+    return f"{_PREFIX}{name.upper()}"
 
 
 def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(known))}"
+    # Without the prefix that all variables share, which would make any two of them alike.
+    bare = {option.removeprefix(_PREFIX): option for option in known}
+    close = difflib.get_close_matches(name.removeprefix(_PREFIX), list(bare), n=1, cutoff=0.6)
+    return f"; did you mean {bare[close[0]]}?" if close else f"; there are: {', '.join(sorted(known))}"
 
 
 def _be_verbose(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

@@ -57,7 +57,7 @@ async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str
             f"{to}: {counts.new:,} new, {counts.updated:,} changed, {counts.unchanged:,} unchanged documents queued"
         )
         for path, count in intake.reject_files.items():
-            click.echo(f"  rejected    {count:,} records, listed with their lines in {path}")
+            click.echo(f"  rejected    {count:,}, listed with their lines in {path}")
     return int(intake.rejected > 0)
 
 

@@ -70,7 +70,7 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
     if summary.failed:
         yield f"  failed      {summary.failed:,}; see: embedmill status {shlex.quote(ended.to)} --failed"
     for path, count in ended.intake.reject_files.items():
-        yield f"  rejected    {count:,} records, listed with their lines in {path}"
+        yield f"  rejected    {count:,}, listed with their lines in {path}"
     yield f"  time        {duration(ended.outcome.seconds)}"
     yield f"  dataset     {ended.to}"
     if ended.loader is not None:

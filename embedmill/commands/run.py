@@ -22,11 +22,11 @@ from scheduler.queue import Queue
 from worker.attempts import RetryPolicy, embed_batch
 
 from ..dataset.dataset import Dataset, now_iso
-from ..dataset.layout import Job, JobState
+from ..dataset.layout import Job
 from ..dataset.store import LocalStore
 from ..dataset.summary import summarize
 from ..embedder import Embedder
-from ..errors import ConfigurationError, JobFatalError
+from ..errors import ConfigurationError
 from ..sources import FieldRules, Source, open_source
 from .embedders import ModelChoice, make_budget, make_embedder
 from .options import output_options, shared, split_names
@@ -161,17 +161,8 @@ async def _run_on(
             standard_input=standard_input,
         )  # fmt: skip
         remember_job(dataset, request.job, request.sources)
-        try:
-            outcome = await pipeline.run(sources, quiet=request.as_json)
-        except* JobFatalError as group:
-            remember_job(dataset, request.job, (), state="paused", reason=_reason(group))
-            raise
+        outcome = await pipeline.run(sources, quiet=request.as_json)
         return RunEnded(request.to, request.milvus, loader, pipeline.worker.counts, intake, outcome)
-
-
-def _reason(error: BaseException) -> str:
-    """What a group of groups is about: its first error, in its own words."""
-    return _reason(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else str(error)
 
 
 def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:
@@ -211,13 +202,11 @@ def _make_loader(dataset: Dataset, request: RunRequest) -> Loader | None:
     return Loader(dataset, MilvusTarget(request.milvus, collection=request.collection))
 
 
-def remember_job(
-    dataset: Dataset, job: str, sources: Sequence[str], *, state: JobState = "running", reason: str = ""
-) -> None:
-    """Note in the dataset what the job reads and whether it goes on."""
+def remember_job(dataset: Dataset, job: str, sources: Sequence[str]) -> None:
+    """Note in the dataset what the job reads, and that it goes on."""
     known = dataset.job(job) or Job(job, created_at=now_iso())
     added = tuple(source for source in sources if source not in known.sources)
-    dataset.write_job(replace(known, state=state, reason=reason, sources=known.sources + added))
+    dataset.write_job(replace(known, state="running", reason="", sources=known.sources + added))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,6 +13,7 @@ from anyio import to_thread
 
 from ..dataset.dataset import Dataset
 from ..dataset.verification import DatasetReport, verify_dataset
+from ..errors import ConfigurationError, CorruptStore, StorageError
 from .options import output_options, shared
 
 if TYPE_CHECKING:
@@ -27,15 +29,23 @@ Exit status: 0 everything holds; 1 it holds, and some documents failed; 3 some a
 @click.command(epilog=_EPILOG)
 @click.argument("dataset", metavar="DATASET")
 @shared("milvus", "collection")
+@click.option(
+    "--repair", is_flag=True, help="Load into Milvus again what differs there, and delete what should not be."
+)
 @output_options
-def verify(dataset: str, milvus: str | None, collection: str | None, as_json: bool) -> int:
+def verify(dataset: str, milvus: str | None, collection: str | None, repair: bool, as_json: bool) -> int:
     """Read DATASET back and hold documents, markers and vectors against each other; with --milvus, what it serves too."""
-    return anyio.run(_verify, Dataset.open(dataset), milvus, collection, as_json)
+    if repair and milvus is None:
+        raise ConfigurationError("--repair repairs what Milvus holds: name it with --milvus URI")
+    return anyio.run(_verify, Dataset.open(dataset), milvus, collection, repair, as_json)
 
 
-async def _verify(dataset: Dataset, milvus: str | None, collection: str | None, as_json: bool) -> int:
+async def _verify(dataset: Dataset, milvus: str | None, collection: str | None, repair: bool, as_json: bool) -> int:
+    with suppress(StorageError, CorruptStore):
+        # Whoever looks may raise the shape: between two passes of a scheduler it lags behind what is committed.
+        await to_thread.run_sync(dataset.publish_shape)
     report = await to_thread.run_sync(verify_dataset, dataset)
-    target = await _verify_target(dataset, milvus, collection) if milvus is not None and report.passed else None
+    target = await _verify_target(dataset, milvus, collection, repair=repair) if milvus and report.passed else None
     status = _status(report, target)
     if as_json:
         click.echo(json.dumps({"status": status, **report.as_dict(), "milvus": target.as_dict() if target else None}))
@@ -47,13 +57,19 @@ async def _verify(dataset: Dataset, milvus: str | None, collection: str | None, 
     return status
 
 
-async def _verify_target(dataset: Dataset, milvus: str, collection: str | None) -> TargetReport:
+async def _verify_target(dataset: Dataset, milvus: str, collection: str | None, *, repair: bool) -> TargetReport:
+    from loader.service import Loader
     from loader.target import MilvusTarget
     from loader.verification import verify_target
 
     target = MilvusTarget(milvus, collection=collection)
     try:
-        return await verify_target(dataset, target)
+        report = await verify_target(dataset, target)
+        if report.ok or not repair:
+            return report
+        async with Loader(dataset, target) as loader:
+            await loader.repair(report)
+            return await verify_target(dataset, target)
     finally:
         await target.aclose()
 

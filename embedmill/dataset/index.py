@@ -110,6 +110,22 @@ class DatasetIndex:
                 found.setdefault(id_, []).append((version, shard, row))
         return found
 
+    def unchanged_before(self, push_key: str, ids: Sequence[str]) -> set[str]:
+        """Which of these ids this process has found unchanged in this push before."""
+        found: set[str] = set()
+        for block in _blocks(ids):
+            marks = ",".join("?" * len(block))
+            rows = self._execute(f"SELECT id FROM unchanged WHERE push = ? AND id IN ({marks})", [push_key, *block])
+            found.update(row[0] for row in rows)
+        return found
+
+    def remember_unchanged(self, found: Iterable[tuple[str, str]]) -> None:
+        """Note (push key, id) for `unchanged_before`. Kept beside the index, in a temporary file of this process."""
+        with self._explained():
+            self._connection.execute("BEGIN")
+            self._connection.executemany("INSERT OR IGNORE INTO unchanged (push, id) VALUES (?, ?)", found)
+            self._connection.execute("COMMIT")
+
     def cursor(self, push_key: str) -> Cursor | None:
         """How far the log has read a push; None for one that it does not know."""
         rows = self._execute("SELECT cursor FROM pushes WHERE key = ?", (push_key,))
@@ -166,18 +182,23 @@ class DatasetIndex:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.executescript(_SCHEMA)
-            stamp = f"{_SCHEMA_VERSION}:{self._dataset_id}"
-            connection.execute("CREATE TABLE IF NOT EXISTS stamp (value TEXT PRIMARY KEY)")
-            connection.execute("INSERT INTO stamp SELECT ? WHERE NOT EXISTS (SELECT 1 FROM stamp)", (stamp,))
-            if connection.execute("SELECT value FROM stamp").fetchone()[0] != stamp:
-                raise _Outdated
+            self._set_up(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _set_up(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.executescript(_SCHEMA)
+        connection.execute("PRAGMA temp_store = FILE")
+        connection.execute("CREATE TEMP TABLE unchanged (push TEXT, id TEXT, PRIMARY KEY (push, id)) WITHOUT ROWID")
+        stamp = f"{_SCHEMA_VERSION}:{self._dataset_id}"
+        connection.execute("CREATE TABLE IF NOT EXISTS stamp (value TEXT PRIMARY KEY)")
+        connection.execute("INSERT INTO stamp SELECT ? WHERE NOT EXISTS (SELECT 1 FROM stamp)", (stamp,))
+        if connection.execute("SELECT value FROM stamp").fetchone()[0] != stamp:
+            raise _Outdated
 
     def _execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._explained():

@@ -101,61 +101,61 @@ RECORDS = [
     Case("an empty file", 0, "none that had not been read before", given("in.jsonl", ""), admitted=ids()),
     Case("blank lines", 0, "none that had not been read before", given("in.jsonl", "\n \n\n"), admitted=ids()),
     Case(
-        "a line that is no JSON", 1, "1 records, listed", after_good("no json"),
+        "a line that is no JSON", 1, "rejected    1, listed", after_good("no json"),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "not valid JSON: Expecting value (column 1)"},
     ),
     Case(
-        "a line that is no object", 1, "1 records, listed", after_good("[1]"),
+        "a line that is no object", 1, "rejected    1, listed", after_good("[1]"),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "not a JSON object but an array"},
     ),
     Case(
-        "a record without text", 1, "1 records, listed", after_good('{"id":"b","body":"x"}'),
+        "a record without text", 1, "rejected    1, listed", after_good('{"id":"b","body":"x"}'),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "no text: field 'text' is missing; fields here: body"},
     ),
     Case(
-        "a record with a blank text", 1, "1 records, listed", after_good('{"id":"b","text":"  "}'),
+        "a record with a blank text", 1, "rejected    1, listed", after_good('{"id":"b","text":"  "}'),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "the text is empty"},
     ),
     Case(
-        "a record whose text is a number", 1, "1 records, listed", after_good('{"id":"b","text":7}'),
+        "a record whose text is a number", 1, "rejected    1, listed", after_good('{"id":"b","text":7}'),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "field 'text' holds a number, not text"},
     ),
     Case(
-        "an id given twice", 1, "1 records, listed", after_good('{"id":"a","text":"Again."}'),
+        "an id given twice", 1, "rejected    1, listed", after_good('{"id":"a","text":"Again."}'),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "this id stands twice in this source; the first one is kept"},
     ),
     Case(
-        "an id that is too long", 1, "1 records, listed", after_good(json.dumps({"id": "x" * 600, "text": "x"})),
+        "an id that is too long", 1, "rejected    1, listed", after_good(json.dumps({"id": "x" * 600, "text": "x"})),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "the id is longer than 512 bytes"},
     ),
     Case(
-        "a lone surrogate", 1, "1 records, listed", after_good('{"id":"b","text":"\\ud800"}'),
+        "a lone surrogate", 1, "rejected    1, listed", after_good('{"id":"b","text":"\\ud800"}'),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "the text has a lone surrogate, which UTF-8 cannot hold"},
     ),
     Case(
         "a NUL in a text", 0, "2 new", given("in.jsonl", GOOD + '{"id":"b","text":"x\\u0000y"}\n'), admitted=ids("a", "b"),
     ),
     Case(
-        "bytes that are not UTF-8", 1, "1 records, listed",
+        "bytes that are not UTF-8", 1, "rejected    1, listed",
         given("in.jsonl", GOOD.encode() + b'{"id":"b","text":"\xff"}\n{"id":"z","text":"Last."}\n'),
         admitted=ids("a", "z"), rejects={"in.jsonl:2": "not UTF-8: byte 0xff at column 19"},
     ),
     Case(
-        "a gzip file that breaks off", 1, "1 records, listed",
+        "a gzip file that breaks off", 1, "rejected    1, listed",
         given("in.jsonl.gz", gzip.compress(GOOD.encode() + os.urandom(9000).hex().encode())[:6000]),
         source="in.jsonl.gz", admitted=ids("a"), rejects={"in.jsonl.gz:2": "the file cannot be read from here on"},
     ),
     Case(
-        "a row with a column too many", 1, "1 records, listed", given("in.csv", "id,text\na,One.\nb,Two.,x\n"),
+        "a row with a column too many", 1, "rejected    1, listed", given("in.csv", "id,text\na,One.\nb,Two.,x\n"),
         source="in.csv", admitted=ids("a"), rejects={"in.csv:3": "the row has 3 columns, the header has 2"},
     ),
     Case(
-        "a file of the folder that cannot be read", 1, "1 records, listed", folder_with_a_file_that_cannot_be_read,
+        "a file of the folder that cannot be read", 1, "rejected    1, listed", folder_with_a_file_that_cannot_be_read,
         source="in", admitted=ids("fine.md"), rejects={"gone.md": "the file cannot be read: No such file or directory"},
     ),
     Case("a document of 20 MB", 0, "1 new", large_document, admitted=ids("large")),
     Case(
-        "a text field that no record has", 1, "1 records, listed", options=(*to("out"), "--text-field", "body"),
+        "a text field that no record has", 1, "rejected    1, listed", options=(*to("out"), "--text-field", "body"),
         admitted=ids(), rejects={"in.jsonl:1": "no text: field 'body' is missing; fields here: text"},
     ),
 ]  # fmt: skip
@@ -329,8 +329,6 @@ DAMAGE = [
         3,
         "was edited: its fingerprint is not that of its embedder",
     ),
-    ("vectors.zarr/vectors/c/0/0", flip_a_bit, 3, "c/0/0 does not hold"),
-    ("vectors.zarr/vectors/c/0/0", Path.unlink, 3, "c/0/0 is missing, and its marker says that it was written"),
     ("vectors.zarr/vectors/zarr.json", written("x"), 3, "zarr.json is not the metadata of the vector array"),
     ("commits/00000000.json", written("{}"), 3, "commits/00000000.json has no format version"),
     ("jobs/main.json", written("x"), 3, "jobs/main.json is not JSON"),
@@ -356,6 +354,25 @@ def test_a_damaged_dataset_is_named_and_left_as_it_is(
     assert says in ended.stderr
     assert_one_line(ended.stderr)
     assert all(path.read_bytes() == data for path, data in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [(flip_a_bit, "c/0/0 does not hold"), (Path.unlink, "c/0/0 is missing, and its marker says that it was written")],
+    ids=["a flipped bit", "missing"],
+)
+def test_damaged_vectors_are_not_taken_over_but_embedded_again_and_verify_names_them(
+    damage: Callable[[Path], object], says: str, embedmill: Command
+) -> None:
+    write_jsonl(embedmill.folder / "in.jsonl", [{"id": id_, "text": text} for id_, text in TEXTS.items()])
+    assert embedmill("run", "in.jsonl", *to("out")).status == 0
+    damage(embedmill.folder / "out" / "vectors.zarr/vectors/c/0/0")
+    write_jsonl(embedmill.folder / "in.jsonl", [{"id": id_, "text": text, "x": 1} for id_, text in TEXTS.items()])
+    ended = embedmill("run", "in.jsonl", *to("out"), "--json")
+    assert (ended.status, ended.record["now"]["embedded"]) == (0, len(TEXTS))
+    proven = embedmill("verify", "out")
+    assert proven.status == 4
+    assert says in proven.stdout
 
 
 @pytest.mark.parametrize("damage", [written("junk"), Path.unlink], ids=["junk", "missing"])

@@ -237,7 +237,8 @@ def _detail(answer: Answer) -> tuple[str, str]:
     """The sentence and the code. Older gateways answer `detail` as a list of field errors, proxies with HTML."""
     match answer.content:
         case {"detail": str(detail), **rest}:
-            return detail[:500], str(rest.get("code") or "")
+            # The number of the request differs in every answer, and would make every dead letter's cause its own.
+            return re.sub(r"^\[RID: \w+\] *", "", detail)[:500], str(rest.get("code") or "")
         case {"detail": list(problems)}:
             messages = [f"{_place(one)}: {one.get('msg', '')}" for one in problems if isinstance(one, dict)]
             return "; ".join(messages)[:500], ""
