@@ -34,8 +34,12 @@ class EmbedderSpec:
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits over every field, independent of key order."""
-        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        """32 hex digits over every field that is not at its default, independent of key order.
+
+        So a field that a later release adds changes no fingerprint until it is used.
+        """
+        used = {key: value for key, value in self.as_dict().items() if value not in ("", 0, None, {})}
+        canonical = json.dumps(used, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
     def as_dict(self) -> dict[str, object]:

@@ -7,6 +7,7 @@
     │   ├── Overloaded            the other side is busy or broken for now
     │   └── OutcomeUnknown        the request may have been executed and billed
     ├── InputRejected             this request's content is refused: bisect, then dead letter
+    │   └── RequestTooLarge       bisect too, but a single passage stops the job
     ├── JobFatalError             pause the job, say why, lose nothing, exit 3
     │   ├── InvalidKey
     │   └── NoBalance
@@ -86,6 +87,12 @@ class InputRejected(EmbedmillError):
     """The provider refuses this request because of its content. Alone in a request, the passage becomes a dead letter."""
 
     code = "input_rejected"
+
+
+class RequestTooLarge(InputRejected):
+    """The key's limits never allow a request of this size. A smaller one may pass; a single passage can't be smaller."""
+
+    code = "request_too_large"
 
 
 class JobFatalError(EmbedmillError):

@@ -7,7 +7,7 @@ log itself, in the same object as the rows, so it can neither run ahead of them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from embedmill.dataset.dataset import Dataset
@@ -76,10 +76,20 @@ class Admitter:
         """Where the log says that reading this push goes on."""
         return self._index.cursor(push_key)
 
-    def admit(self, push_key: str, name: str, records: Sequence[SourceDocument | Reject]) -> Admitted:
-        """Take records of one push in the order of reading. Raises StorageError when a shard cannot be written; what was not
-        closed by then is read again by whoever resumes."""
-        result = Admitted()
+    def admit(
+        self,
+        push_key: str,
+        name: str,
+        records: Sequence[SourceDocument | Reject],
+        *,
+        keep_rejects: Callable[[Sequence[Reject]], None] = lambda _rejects: None,
+    ) -> Admitted:
+        """Take records of one push in the order of reading.
+
+        `keep_rejects` gets what was refused, before a shard is closed whose cursor is behind it: a refusal is never
+        forgotten. Raises StorageError when a shard cannot be written; what was not closed by then is read again.
+        """
+        result, kept = Admitted(), 0
         ids = [record.id for record in records if isinstance(record, SourceDocument)]
         known = self._look_up(ids)
         self._unchanged = {(push_key, id_) for id_ in self._index.unchanged_before(push_key, ids)}
@@ -93,8 +103,11 @@ class Admitter:
             if reason:
                 self._reject(result, Reject(record.place, reason, record.cursor, record.id))
             if len(self._open) >= self._dataset.info.shard_rows or self._open_bytes >= MAX_SHARD_TEXT_BYTES:
+                keep_rejects(result.rejects[kept:])
+                kept = len(result.rejects)
                 result.tasks.extend(self.close_shard())
                 known = self._look_up(ids)
+        keep_rejects(result.rejects[kept:])
         if len(self._unchanged) > before:
             self._index.remember_unchanged(self._unchanged)
         return result

@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 import anyio
 
-from embedmill.errors import InputRejected, Overloaded, RateLimited
+from embedmill.errors import Overloaded, RateLimited, RequestTooLarge
 
 from .connection import Connection, key_prefix
 
@@ -50,10 +50,13 @@ class Grant:
 
 
 class RequestBudget(Protocol):
-    """Where requests wait for their turn."""
+    """Where requests wait for their turn. key_id: what stands for the API key in logs, "" where there is none."""
+
+    @property
+    def key_id(self) -> str: ...
 
     def reserve(self, est_tokens: int) -> AbstractAsyncContextManager[Grant]:
-        """Enter when the request may be sent; leave to settle it. Raises InputRejected for what can never be sent."""
+        """Enter when the request may be sent; leave to settle it. Raises RequestTooLarge for what can never be sent."""
         ...
 
     async def keep_alive(self) -> None:
@@ -63,6 +66,8 @@ class RequestBudget(Protocol):
 
 class Unlimited:
     """No limits: local models."""
+
+    key_id = ""
 
     @asynccontextmanager
     async def reserve(self, est_tokens: int) -> AsyncIterator[Grant]:
@@ -95,6 +100,7 @@ class Budget:
         max_wait_s: float = 5.0,
         holder_s: float = 20.0,
     ) -> None:
+        self.key_id = key_id
         self._connection = connection
         self._limits = {"requests": rpm or 0, "tokens": tpm or 0, "concurrency": concurrency or 0}
         self._window_ms = window_s * 1000
@@ -113,7 +119,7 @@ class Budget:
         """Wait for a turn, then hold a permit while the body runs.
 
         Cancelled while waiting, nothing is charged; cancelled in the body, the estimate is.
-        Raises InputRejected when the request alone exceeds a whole window's tokens, Overloaded without Redis.
+        Raises RequestTooLarge when the request alone exceeds a whole window's tokens, Overloaded without Redis.
         """
         grant = Grant(max(1, est_tokens))
         try:
@@ -158,7 +164,7 @@ class Budget:
                 self._permit_back = anyio.Event()
                 granted, wait_ms, *rest = await self._connection.script("reserve", self._keys, args)
                 if granted < 0:
-                    raise InputRejected(
+                    raise RequestTooLarge(
                         f"a request of about {grant.est_tokens} tokens can never be sent: this key may send {wait_ms} per"
                         " minute; make passages shorter, or raise --tpm to what the key allows"
                     )

@@ -18,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -27,6 +27,9 @@ from embedmill.errors import ConfigurationError, Overloaded
 KEY_VERSION = "1"
 FAKE_URL = "fake://"
 _SCRIPT_TIMEOUT_S = 10.0
+_SILENCE_S = 5.0
+# What a server says while it cannot take writes; the words are Redis' and Valkey's own.
+_BUSY_WORDS = ("OOM", "READONLY", "LOADING", "MASTERDOWN", "BUSY", "NOREPLICAS", "MISCONF", "CLUSTERDOWN", "TRYAGAIN")
 _UNREACHABLE = (RedisConnectionError, RedisTimeoutError, OSError)
 
 
@@ -65,14 +68,14 @@ class Connection:
 
         Changes no state, so cancelling it loses nothing.
         """
+        reply: Any = None
         try:
-            reply: Any = await self._blocking.xread({stream: last_id}, count=100, block=max(1, int(timeout_s * 1000)))
-        except _UNREACHABLE:
+            # A connection that has gone silent would be waited for without end.
+            with anyio.move_on_after(timeout_s + _SILENCE_S):
+                reply = await self._blocking.xread({stream: last_id}, count=1000, block=max(1, int(timeout_s * 1000)))
+        except RedisError:
             await anyio.sleep(min(1.0, timeout_s))
-            return last_id
-        if not reply:
-            return last_id
-        return str(reply[0][1][-1][0])
+        return str(reply[0][1][-1][0]) if reply else last_id
 
     async def check(self) -> dict[str, str]:
         """The server's `INFO`, in short. Raises ConfigurationError when it cannot be used at all."""
@@ -107,6 +110,10 @@ class Connection:
             return await attempts(call, *args)
         except _UNREACHABLE as error:
             raise Overloaded(f"Redis at {self.shown} does not answer: {_reason(error)}") from error
+        except RedisError as error:
+            if _reason(error).removeprefix("-").startswith(_BUSY_WORDS) or isinstance(error, OutOfMemoryError):
+                raise Overloaded(f"Redis at {self.shown} cannot take this now: {_reason(error)}") from error
+            raise ConfigurationError(f"Redis at {self.shown} refuses: {_reason(error)}") from error
 
 
 def without_password(url: str) -> str:

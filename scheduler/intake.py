@@ -87,9 +87,10 @@ class Intake:
 
     async def _admit(self, source: Source, block: list[SourceDocument | Reject], rejects: RejectFile) -> None:
         def admit() -> list[Task]:
-            admitted = self._admitter.admit(source.push_key, source.name, block)
-            _write(rejects, admitted.rejects)
-            return admitted.tasks
+            def keep(new: Sequence[Reject]) -> None:
+                _write(rejects, new)
+
+            return self._admitter.admit(source.push_key, source.name, block, keep_rejects=keep).tasks
 
         await self._queue.enqueue(await to_thread.run_sync(admit))
         if rejects.count:
@@ -120,6 +121,8 @@ def _write(rejects: RejectFile, new: Sequence[Reject]) -> None:
     try:
         for reject in new:
             rejects.add(reject)
+        if new:
+            rejects.flush()
     except OSError as error:
         raise StorageError(f"cannot write {rejects.path}: {error.strerror}") from error
 

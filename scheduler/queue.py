@@ -85,6 +85,14 @@ class Queue:
             await self._connection.script("finish", [self._prefix], [task.id, announcement.to_json(), *letters])
         )
 
+    async def drop(self, lease: Lease) -> bool:
+        """Forget a task that is about nothing. False when the lease is lost."""
+        return bool(await self._connection.script("drop", [self._prefix], [lease.task.id, lease.epoch]))
+
+    async def unknown(self, ids: Sequence[str]) -> list[str]:
+        """Which of these tasks the queue does not have."""
+        return list(await self._connection.script("unknown", [self._prefix], ids)) if ids else []
+
     async def release(self, lease: Lease) -> bool:
         """Hand back at once, as if it had never been taken. False when the lease is lost."""
         arguments = [lease.task.id, lease.epoch, 0, 0]

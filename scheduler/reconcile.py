@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
@@ -21,15 +19,23 @@ async def reconcile(dataset: Dataset, queue: Queue) -> int:
     Shards of jobs that are paused or cancelled stay out.
     """
     owed = await to_thread.run_sync(dataset.owed)
-    jobs = {job.id: job for job in await to_thread.run_sync(dataset.jobs)} if owed else {}
     added = 0
     for start in range(0, len(owed), _BLOCK):
-        tasks = await to_thread.run_sync(_tasks, dataset, owed[start : start + _BLOCK], jobs)
-        added += await queue.enqueue(tasks)
+        block = {f"{dataset.info.id}:{shard}": shard for shard in owed[start : start + _BLOCK]}
+        missing = [block[id_] for id_ in await queue.unknown(list(block))]
+        added += await queue.enqueue(await to_thread.run_sync(_tasks, dataset, missing))
     return added
 
 
-def _tasks(dataset: Dataset, shards: list[int], jobs: Mapping[str, Job]) -> list[Task]:
+def owed_by_running_jobs(dataset: Dataset) -> list[int]:
+    """Shards that somebody should embed now. Blocking."""
+    owed = dataset.owed()
+    idle = {job.id for job in dataset.jobs() if job.state != "running"} if owed else set()
+    return [shard for shard in owed if not idle or dataset.origin(shard).job not in idle]
+
+
+def _tasks(dataset: Dataset, shards: list[int]) -> list[Task]:
+    jobs = {job.id: job for job in dataset.jobs()} if shards else {}
     tasks = []
     for shard in shards:
         table, origin = dataset.documents(shard, columns=["text"])

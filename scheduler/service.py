@@ -9,7 +9,7 @@ import anyio
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.errors import ConfigurationError, TransientError
+from embedmill.errors import ConfigurationError, EmbedmillError
 
 from .queue import Queue
 from .reconcile import reconcile
@@ -36,11 +36,12 @@ async def run_scheduler(
         for dataset in datasets:
             try:
                 added = await reconcile(dataset, queue)
-            except TransientError as error:
-                _log.warning("%s", error)
+                await to_thread.run_sync(dataset.publish_shape)
+            except EmbedmillError as error:
+                # One dataset's trouble is not the others'.
+                _log.warning("%s: %s", dataset.url, error)
                 continue
             if added:
                 _log.info("%s: %d shards were owed and not queued", dataset.url, added)
-            await to_thread.run_sync(dataset.publish_shape)
         with anyio.move_on_after(every_s):
             await stopping.wait()

@@ -16,7 +16,7 @@ import struct
 import numpy as np
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.layout import FORMAT_VERSION, Failure, check_version, checkpoints_folder
+from embedmill.dataset.layout import FORMAT_VERSION, Failure, check_version, checkpoints_folder, known
 from embedmill.dataset.shard import crc32c
 from embedmill.errors import CorruptStore
 
@@ -68,7 +68,7 @@ def decode_increment(data: bytes, *, fingerprint: str, name: str) -> Increment:
             vectors=np.frombuffer(data, dtype="<f4", count=count * dimensions, offset=end + 4 * count)
             .reshape(count, dimensions)
             .astype(np.float32),
-            failures=tuple(Failure(**failure) for failure in header["failures"]),
+            failures=tuple(Failure(**known(Failure, failure)) for failure in header["failures"]),
             truncated=tuple(header["truncated"]),
             billed_tokens=header["billed_tokens"],
             requests=header["requests"],

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -21,41 +22,19 @@ from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import EMBEDDED, Failure, Marker
 from embedmill.dataset.passages import ShardOrigin
 from embedmill.embedder import Embedder, Embedding
-from embedmill.errors import CorruptStore, EmbedmillError, InputRejected, JobFatalError, RateLimited, StorageError
-from scheduler.budget import RequestBudget
+from embedmill.errors import CorruptStore, EmbedmillError, InputRejected, JobFatalError, RequestTooLarge, StorageError
 
-from .attempts import Attempt, embed_batch
 from .checkpoints import Checkpoint
 from .commit import commit_shard
 from .gate import inspect
 from .packing import pack
+from .requesting import Requester, WorkerCounts
 from .results import Increment, ShardResults
 from .spend import SpendLog
 
 CHECKPOINT_EVERY_S = 2.0
-_MALFORMED_TRIES = 5
 _GATE_TRIES = 4
 _log = logging.getLogger("embedmill.worker")
-
-
-@dataclass(slots=True)
-class WorkerCounts:
-    """What this worker has done, for progress and metrics. Passages carried over or adopted were not paid for again.
-
-    lost_tokens: estimate of what was sent and never answered, which the provider may have billed.
-    """
-
-    embedded: int = 0
-    failed: int = 0
-    adopted: int = 0
-    tokens: int = 0
-    lost_tokens: int = 0
-    requests: int = 0
-    truncated: int = 0
-    shards: int = 0
-    rate_limited: int = 0
-    failed_requests: int = 0
-    last_trouble: str = ""
 
 
 @dataclass(slots=True)
@@ -63,11 +42,14 @@ class Tools:
     """What every shard of a worker shares. `permits` bounds the requests in flight of the whole worker."""
 
     embedder: Embedder
-    budget: RequestBudget
+    requester: Requester
     worker: str
     permits: anyio.CapacityLimiter
     draining: anyio.Event
-    counts: WorkerCounts = field(default_factory=WorkerCounts)
+
+    @property
+    def counts(self) -> WorkerCounts:
+        return self.requester.counts
 
 
 class ShardEmbedding:
@@ -79,7 +61,7 @@ class ShardEmbedding:
         self._shard = shard
         self._attempt = uuid.uuid4().hex[:12]
         self._checkpoint = Checkpoint(dataset, shard, attempt=self._attempt)
-        self._spend = SpendLog(dataset, worker=tools.worker)
+        self._spend = SpendLog(dataset, worker=tools.worker, key_id=tools.requester.budget.key_id)
         self._grown = False
         self._ids: list[tuple[str, int]] = []
         self._texts: list[str] = []
@@ -188,54 +170,46 @@ class ShardEmbedding:
                 except EmbedmillError as error:
                     self._trouble = self._trouble or error
 
-    async def _embed(self, rows: list[int], *, tries: int = _GATE_TRIES) -> None:
+    async def _embed(self, rows: list[int], *, tries: int = _GATE_TRIES, since_s: float | None = None) -> None:
         """Embed rows in one request; bisect when their content is refused, until the bad passage is alone.
 
-        A row whose vector does not pass the gate is asked for again by itself, so many `tries` in all.
+        A row whose vector does not pass the gate is asked for again by itself, so many `tries` in all. since_s: when the
+        first refusal came that led here; nothing is buried before the provider has taken something else since.
         """
+        texts = [self._texts[row] for row in rows]
+        began_s = time.monotonic()
         try:
-            embedding = await self._request(rows)
+            embedding = await self._tools.requester.ask(
+                texts,
+                est_tokens=sum(self._tokens[row] for row in rows),
+                on_waste=lambda answer: self._add([], answer, []),
+            )
         except InputRejected as error:
-            if len(rows) == 1:
-                self._fail(rows[0], code=error.code, cause=str(error))
-                return
-            middle = len(rows) // 2
-            await self._embed(rows[:middle], tries=tries)
-            await self._embed(rows[middle:], tries=tries)
+            await self._bisect(rows, error, tries=tries, since_s=began_s if since_s is None else since_s)
             return
-        report = inspect(embedding.vectors, [self._texts[row] for row in rows], dimensions=self._results.dimensions)
+        report = inspect(
+            embedding.vectors, texts, dimensions=self._results.dimensions, dtype=np.dtype(self._dataset.info.dtype)
+        )
         good = [position for position in range(len(rows)) if position not in report.bad]
-        self._add([rows[position] for position in good], embedding, positions=good)
+        self._add([rows[position] for position in good], embedding, good)
         for position, cause in report.bad.items():
             if tries <= 1:
                 self._fail(rows[position], code="gate", cause=cause)
             else:
                 await self._embed([rows[position]], tries=tries - 1)
 
-    async def _request(self, rows: list[int]) -> Embedding:
-        """One answer whose shape holds; an answer that is malformed as a whole is asked for again."""
-        texts = [self._texts[row] for row in rows]
-        whole: str | None = None
-        for attempt in range(_MALFORMED_TRIES):
-            embedding = await embed_batch(
-                self._tools.embedder,
-                texts,
-                budget=self._tools.budget,
-                est_tokens=sum(self._tokens[row] for row in rows),
-                on_event=self._note,
-            )
-            whole = inspect(embedding.vectors, texts, dimensions=self._results.dimensions).whole
-            if whole is None:
-                return embedding
-            self._tools.counts.last_trouble = f"malformed answer: {whole}"
-            self._add([], embedding, positions=[])
-            if attempt + 1 < _MALFORMED_TRIES:
-                await anyio.sleep(0.5 * 2**attempt)
-        raise JobFatalError(
-            f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
-        )
+    async def _bisect(self, rows: list[int], refusal: InputRejected, *, tries: int, since_s: float) -> None:
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            await self._embed(rows[:middle], tries=tries, since_s=since_s)
+            await self._embed(rows[middle:], tries=tries, since_s=since_s)
+            return
+        if isinstance(refusal, RequestTooLarge):
+            raise JobFatalError(f"{refusal}; nothing is lost, run again with other limits") from refusal
+        await self._tools.requester.require_well(since_s=since_s, refusal=refusal)
+        self._fail(rows[0], code=refusal.code, cause=str(refusal))
 
-    def _add(self, rows: list[int], embedding: Embedding, *, positions: list[int]) -> None:
+    def _add(self, rows: list[int], embedding: Embedding, positions: list[int]) -> None:
         row_of = dict(zip(positions, rows, strict=True))
         truncated = tuple(row_of[position] for position in embedding.truncated if position in row_of)
         increment = Increment(
@@ -306,12 +280,3 @@ class ShardEmbedding:
         with anyio.CancelScope(shield=True):
             marker = await to_thread.run_sync(commit)
         return marker  # noqa: RET504
-
-    def _note(self, attempt: Attempt) -> None:
-        counts = self._tools.counts
-        if attempt.outcome == RateLimited.code:
-            counts.rate_limited += 1
-        elif attempt.outcome != "ok":
-            counts.failed_requests += 1
-        if attempt.billed_tokens is None:
-            counts.lost_tokens += attempt.est_tokens

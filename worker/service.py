@@ -11,27 +11,32 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import anyio
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset, now_iso
-from embedmill.dataset.layout import Job
+from embedmill.dataset.layout import DATASET_KEY, Job
+from embedmill.dataset.store import open_store
 from embedmill.embedder import Embedder
 from embedmill.errors import (
     ConfigurationError,
     CorruptStore,
     EmbedmillError,
     JobFatalError,
+    NoBalance,
     StorageError,
     TransientError,
 )
+from embedmill.messages import Task
 from scheduler.budget import RequestBudget
 from scheduler.queue import Lease, Queue
 
 from .commit import dead_letters
-from .embedding import ShardEmbedding, Tools, WorkerCounts
+from .embedding import ShardEmbedding, Tools
+from .requesting import Requester, WorkerCounts
 
 _log = logging.getLogger("embedmill.worker")
 _IDLE_S = 1.0
@@ -60,7 +65,10 @@ def worker_name() -> str:
 
 
 class Worker:
-    """Embeds shards until it is stopped. One per process; `run` may be called once."""
+    """Embeds shards until it is stopped. One per process; `run` may be called once.
+
+    `on_open` is called in a thread with each dataset before anything of it is embedded; what it raises stops the worker.
+    """
 
     def __init__(
         self,
@@ -70,7 +78,9 @@ class Worker:
         budget: RequestBudget,
         shards_in_flight: int = 2,
         grace_s: float = 5.0,
+        on_open: Callable[[Dataset], None] | None = None,
     ) -> None:
+        self._on_open = on_open
         self._queue = queue
         self._grace_s = grace_s
         self._slots = shards_in_flight
@@ -80,7 +90,7 @@ class Worker:
         self._fatal: EmbedmillError | None = None
         self._tools = Tools(
             embedder=embedder,
-            budget=budget,
+            requester=Requester(embedder, budget, WorkerCounts()),
             worker=worker_name(),
             permits=anyio.CapacityLimiter(embedder.limits.concurrency),
             draining=anyio.Event(),
@@ -100,7 +110,7 @@ class Worker:
         async with anyio.create_task_group() as background:
             background.start_soon(self._listen)
             background.start_soon(self._extend_regularly)
-            background.start_soon(self._tools.budget.keep_alive)
+            background.start_soon(self._tools.requester.budget.keep_alive)
             try:
                 async with anyio.create_task_group() as work:
                     while not self._tools.draining.is_set():
@@ -118,8 +128,11 @@ class Worker:
         free = self._slots - len(self._held)
         leases: list[Lease] = []
         if free > 0:
-            with anyio.CancelScope(shield=True):
-                leases = await self._queue.lease(self._tools.worker, count=free)
+            try:
+                with anyio.CancelScope(shield=True):
+                    leases = await self._queue.lease(self._tools.worker, count=free)
+            except TransientError as error:
+                _log.warning("no tasks for now: %s", error)
         for lease in leases:
             self._drop_former(lease)
             held = self._held[lease.epoch] = _Held(lease)
@@ -186,7 +199,15 @@ class Worker:
 
     async def _embed(self, held: _Held, on_commit: Callable[[int], None] | None) -> None:
         task = held.lease.task
-        dataset = await to_thread.run_sync(self._dataset, task.dataset)
+        dataset = await to_thread.run_sync(self._dataset, task)
+        if dataset is None:
+            _log.warning(
+                "%s is not the dataset that shard %d was queued for: the task is dropped", task.dataset, task.shard
+            )
+            with anyio.CancelScope(shield=True):
+                await self._queue.drop(held.lease)
+            held.settled = True
+            return
         held.work = ShardEmbedding(self._tools, dataset, task.shard)
         marker = await held.work.run()
         if marker is None:
@@ -203,7 +224,7 @@ class Worker:
         delay_s = min(60.0, error.retry_after_s or 2.0 ** min(lease.attempts, 6))
         self._tools.counts.last_trouble = f"{error}; shard {lease.task.shard} goes on in {delay_s:.0f} s"
         _log.warning("%s", self._tools.counts.last_trouble)
-        with anyio.CancelScope(shield=True):
+        with suppress(TransientError), anyio.CancelScope(shield=True):
             await self._queue.retry(lease, delay_s=delay_s)
         held.settled = True
 
@@ -212,13 +233,13 @@ class Worker:
         del self._held[held.lease.epoch]
         self._wake.set()
         if not held.settled:
-            with anyio.move_on_after(3, shield=True):
+            with suppress(TransientError), anyio.move_on_after(3, shield=True):
                 await self._queue.release(held.lease)
 
     async def _pause_job(self, lease: Lease, error: EmbedmillError) -> None:
-        """A bad key or an empty account stops the job for everybody, until somebody starts it again."""
+        """An empty account stops the job for everybody, until somebody starts it again; a bad key may be ours only."""
         dataset = self._datasets.get(lease.task.dataset)
-        if isinstance(error, JobFatalError) and dataset is not None:
+        if isinstance(error, NoBalance) and dataset is not None:
             await to_thread.run_sync(pause_job, dataset, lease.task.job, str(error))
 
     def _give_up(self, error: EmbedmillError) -> None:
@@ -226,9 +247,18 @@ class Worker:
             self._fatal = error
         self.stop()
 
-    def _dataset(self, url: str) -> Dataset:
-        if url not in self._datasets:
-            dataset = Dataset.open(url)
-            dataset.require(self._tools.embedder.spec)
-            self._datasets[url] = dataset
-        return self._datasets[url]
+    def _dataset(self, task: Task) -> Dataset | None:
+        """The dataset that a task is about; None where it is gone or another one stands in its place."""
+        known = self._datasets.get(task.dataset)
+        if known is None or known.info.id != task.dataset_id:
+            self._datasets.pop(task.dataset, None)
+            if not open_store(task.dataset).exists(DATASET_KEY):
+                return None
+            known = Dataset.open(task.dataset)
+            if known.info.id != task.dataset_id:
+                return None
+            known.require(self._tools.embedder.spec)
+            if self._on_open is not None:
+                self._on_open(known)
+            self._datasets[task.dataset] = known
+        return known

@@ -11,10 +11,11 @@ from .results import Increment
 
 
 class SpendLog:
-    """Appends to `spend/WORKER.log`. Blocking: run in a thread."""
+    """Appends to `spend/WORKER.log`. `key_id` stands for the API key that was billed. Blocking: run in a thread."""
 
-    def __init__(self, dataset: Dataset, *, worker: str) -> None:
+    def __init__(self, dataset: Dataset, *, worker: str, key_id: str) -> None:
         self._dataset = dataset
+        self._key_id = key_id
         self._key = spend_key(worker)
 
     def add(self, shard: int, increment: Increment) -> None:
@@ -22,6 +23,7 @@ class SpendLog:
             return
         record = {
             "at": now_iso(),
+            "key": self._key_id,
             "shard": shard,
             "passages": len(increment.rows),
             "tokens": increment.billed_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ DEFAULT_MODEL = "local/minilm"
 CONFIG_NAME = "embedmill.toml"
 _PREFIX = "EMBEDMILL_"
 _OTHER_VARIABLES = {"EMBEDMILL_CONFIG", "EMBEDMILL_MINILM_PATH"}
+# What Kubernetes sets in every pod for a Service named embedmill-something.
+_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 _SHARED: dict[str, dict[str, Any]] = {
@@ -92,6 +95,12 @@ def check_environment(environment: Mapping[str, str]) -> None:
     for variable in environment:
         if variable.startswith(_PREFIX) and variable not in known:
             raise ConfigurationError(f"the environment sets {variable}, which is no setting{_near(variable, known)}")
+
+
+def check_job_name(job: str) -> None:
+    """Raises ConfigurationError for a name that cannot be a file's."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", job):
+        raise ConfigurationError(f"--job {job!r}: use letters, digits, dots, dashes and underscores")
 
 
 def split_names(names: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,12 +21,13 @@ from scheduler.connection import Connection
 from scheduler.embedded import embedded_server
 from scheduler.intake import Intake
 from scheduler.queue import Queue
-from scheduler.reconcile import reconcile
+from scheduler.reconcile import owed_by_running_jobs, reconcile
 from worker.service import Worker
 
 from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
 from ..embedder import Embedder
+from ..errors import TransientError
 from ..sources.opening import Source
 from .progress import Snapshot, show
 from .standard_input import StoppableInput
@@ -87,6 +88,7 @@ class Pipeline:
         self._stopping = anyio.Event()
         self._committed = anyio.Event()
         self._embedding_done = False
+        self._trouble: Exception | None = None
         self._before = 0
         self._earlier_rows = 0
 
@@ -103,12 +105,14 @@ class Pipeline:
             background.start_soon(self._show, quiet)
             try:
                 async with anyio.create_task_group() as parts:
-                    parts.start_soon(self._admit, sources)
-                    parts.start_soon(self._embed)
+                    parts.start_soon(self._guard, self._intake.run, sources)
+                    parts.start_soon(self._guard, self._embed)
                     if self._loader is not None:
-                        parts.start_soon(self._load, self._loader)
+                        parts.start_soon(self._guard, self._load, self._loader)
             finally:
                 background.cancel_scope.cancel()
+        if self._trouble is not None:
+            raise self._trouble
         await to_thread.run_sync(self._dataset.publish_shape)
         seconds = time.monotonic() - started
         return Outcome(self._stopping.is_set(), self.snapshot().done, seconds, self._admitter.counts)
@@ -124,12 +128,13 @@ class Pipeline:
         if self._standard_input is not None:
             self._standard_input.stop()
 
-    async def _admit(self, sources: Sequence[Source]) -> None:
+    async def _guard(self, part: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run a part. When it fails, the others end in good order: what they have sent is paid for."""
         try:
-            await self._intake.run(sources)
-        except BaseException:
+            await part(*arguments)
+        except Exception as error:
+            self._trouble = self._trouble or error
             self.stop()
-            raise
 
     async def _embed(self) -> None:
         try:
@@ -148,7 +153,7 @@ class Pipeline:
             await anyio.sleep(_POLL_S)
             if not self._intake.finished or (await self._queue.depth()).open:
                 continue
-            if not await to_thread.run_sync(self._dataset.owed):
+            if not await to_thread.run_sync(owed_by_running_jobs, self._dataset):
                 self.worker.stop()
                 return
             await reconcile(self._dataset, self._queue)
@@ -156,10 +161,16 @@ class Pipeline:
     async def _load(self, loader: Loader) -> None:
         while not self._stopping.is_set():
             done = self._embedding_done
-            await loader.sweep()
-            if done:
-                await loader.finish()
-                return
+            try:
+                await loader.sweep(self._stopping)
+                if done and not self._stopping.is_set():
+                    await loader.finish()
+                    return
+            except TransientError as error:
+                # Embedding goes on without Milvus; only at the end somebody has to know.
+                if done:
+                    raise
+                self.worker.counts.last_trouble = str(error)
             with anyio.move_on_after(_SWEEP_S):
                 await self._committed.wait()
             if not self._stopping.is_set():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from scheduler.intake import Intake
-from worker.embedding import WorkerCounts
+from worker.requesting import WorkerCounts
 
 from ..dataset.summary import DatasetSummary
 from .pipeline import Outcome
@@ -34,7 +34,7 @@ class RunEnded:
 
     def status(self, summary: DatasetSummary) -> int:
         """0 all done; 1 done, but some documents were rejected or failed; 3 stopped before the end."""
-        if self.outcome.stopped:
+        if self.outcome.stopped or summary.owed:
             return 3
         return int(summary.failed > 0 or self.intake.rejected > 0)
 
@@ -67,6 +67,8 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
         yield f"  cut         {counts.truncated:,} passages, to the model's limit"
     if counts.rate_limited or counts.failed_requests:
         yield f"  retried     {counts.rate_limited:,} rate-limited, {counts.failed_requests:,} failed requests"
+    if summary.owed and not ended.outcome.stopped:
+        yield f"  owed        {summary.owed:,}, of jobs that are paused or cancelled"
     if summary.failed:
         yield f"  failed      {summary.failed:,}; see: embedmill status {shlex.quote(ended.to)} --failed"
     for path, count in ended.intake.reject_files.items():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +24,12 @@ from ..dataset.dataset import Dataset, now_iso
 from ..dataset.layout import Job
 from ..dataset.store import LocalStore
 from ..dataset.summary import summarize
+from ..dataset.work_lock import dataset_folder, work_alone
 from ..embedder import Embedder
 from ..errors import ConfigurationError
 from ..sources import FieldRules, Source, open_source
 from .embedders import ModelChoice, make_budget, make_embedder
-from .options import output_options, shared, split_names
+from .options import check_job_name, output_options, shared, split_names
 from .pipeline import Pipeline, open_connection
 from .report import RunEnded, report
 from .standard_input import StoppableInput, make_standard_input_stoppable
@@ -98,8 +98,7 @@ def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
     to = options["to"] or _default_target(sources[0])
     if options["no_milvus"] and options["milvus"]:
         raise ConfigurationError("--milvus and --no-milvus exclude each other")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", options["job"]) or options["job"].startswith("."):
-        raise ConfigurationError(f"--job {options['job']!r}: use letters, digits, dots, dashes and underscores")
+    check_job_name(options["job"])
     milvus = None if options["no_milvus"] else options["milvus"] or str(Path(to) / _LITE_NAME)
     names = ("model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency")
     return RunRequest(
@@ -129,7 +128,7 @@ async def _run(request: RunRequest) -> int:
     embedder = await to_thread.run_sync(make_embedder, request.choice)
     try:
         dataset = await to_thread.run_sync(_open_dataset, request, embedder)
-        with _exclusively(dataset):
+        with work_alone(dataset_folder(dataset)):
             ended = await _run_on(dataset, sources, embedder, request, standard_input)
     finally:
         await embedder.aclose()
@@ -207,24 +206,3 @@ def remember_job(dataset: Dataset, job: str, sources: Sequence[str]) -> None:
     known = dataset.job(job) or Job(job, created_at=now_iso())
     added = tuple(source for source in sources if source not in known.sources)
     dataset.write_job(replace(known, state="running", reason="", sources=known.sources + added))
-
-
-@contextmanager
-def _exclusively(dataset: Dataset) -> Iterator[None]:
-    """One `run` per dataset: a second one would pay for the same passages again."""
-    path = dataset_folder(dataset) / ".run.lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"another run is at work on {dataset.url}: wait for it, or stop it first"
-            ) from error
-        yield
-
-
-def dataset_folder(dataset: Dataset) -> Path:
-    """Where the files beside the dataset go: rejects and locks."""
-    if not isinstance(dataset.store, LocalStore):
-        raise ConfigurationError(f"{dataset.url}: run writes to a folder")
-    return dataset.store.root

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -20,6 +20,7 @@ from worker.service import Worker
 from ..dataset.dataset import Dataset
 from ..dataset.layout import ZARR_ARRAY_KEY
 from ..dataset.store import open_store
+from ..dataset.work_lock import dataset_folder, work_together
 from ..errors import ConfigurationError
 from .embedders import ModelChoice, make_budget, make_embedder
 from .options import shared
@@ -82,9 +83,14 @@ async def _schedule(url: str, queue: Queue, stopping: anyio.Event) -> None:
 async def _worker(redis: str, namespace: str, choice: ModelChoice) -> int:
     embedder = await to_thread.run_sync(make_embedder, choice)
     try:
-        async with open_service(redis) as connection:
+        async with open_service(redis) as connection, AsyncExitStack() as locks:
+
+            def claim(dataset: Dataset) -> None:
+                locks.enter_context(work_together(dataset_folder(dataset)))
+
             queue = Queue(connection, namespace=namespace)
-            service = Worker(queue, embedder, budget=make_budget(choice, connection, namespace=namespace), grace_s=25)
+            budget = make_budget(choice, connection, namespace=namespace)
+            service = Worker(queue, embedder, budget=budget, grace_s=25, on_open=claim)
             _log.info("worker for %s on %s", choice.model, connection.shown)
             async with until_signal(service.stop):
                 await service.run(on_commit=lambda shard: _log.info("shard %d committed", shard))

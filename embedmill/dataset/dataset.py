@@ -113,15 +113,21 @@ class Dataset:
     def admitted(self) -> list[int]:
         """Numbers of all shards in the log, in order. Raises CorruptStore for a gap: the log is dense."""
         shards = layout.numbers(self.store.names(layout.DOCUMENTS_FOLDER), suffix=".parquet")
-        if shards != list(range(len(shards))):
-            missing = next(number for number, shard in enumerate(shards) if number != shard)
-            raise CorruptStore(f"{self._name(layout.documents_key(missing))} is missing, and later ones exist")
-        return shards
+        last = max(shards, default=-1)
+        for missing in sorted(set(range(last + 1)).difference(shards)):
+            # A listing that is read while objects are created may have one and not the one before it.
+            if not self.store.exists(layout.documents_key(missing)):
+                raise CorruptStore(f"{self._name(layout.documents_key(missing))} is missing, and later ones exist")
+        return list(range(last + 1))
 
     def documents(self, shard: int, *, columns: Sequence[str] | None = None) -> tuple[pa.Table, ShardOrigin]:
         """The rows admitted as one shard, and their origin."""
         key = layout.documents_key(shard)
         return decode_passages(self.store.read(key), name=self._name(key), columns=columns)
+
+    def origin(self, shard: int) -> ShardOrigin:
+        """Where the rows of a shard came from."""
+        return self.documents(shard, columns=["version"])[1]
 
     def marker(self, shard: int) -> Marker | None:
         """What was committed as this shard; None while it is owed. Markers never change, so they are remembered."""

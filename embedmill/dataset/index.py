@@ -72,12 +72,14 @@ class DatasetIndex:
             if self.next_shard != shard:
                 return False
             pushes = self._remember_pushes(origin, rows=table.num_rows)
-            values = zip(*(table.column(name).to_pylist() for name in _COLUMNS), strict=True)
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO passages (id, version, text_hash, metadata_hash, deleted, shard, row, push)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                ((*value, shard, row, pushes[row]) for row, value in enumerate(values)),
-            )
+            # A replacement counts when a retirement has put it in place, and until then the old rows are the place.
+            if not origin.replaces:
+                values = zip(*(table.column(name).to_pylist() for name in _COLUMNS), strict=True)
+                self._connection.executemany(
+                    "INSERT OR REPLACE INTO passages (id, version, text_hash, metadata_hash, deleted, shard, row, push)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    ((*value, shard, row, pushes[row]) for row, value in enumerate(values)),
+                )
             self._execute(
                 "INSERT INTO shards (shard, rows, replaces) VALUES (?, ?, ?)",
                 (shard, table.num_rows, len(origin.replaces)),

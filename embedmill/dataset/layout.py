@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,10 +28,12 @@ DOCUMENTS_FOLDER = "documents"
 COMMITS_FOLDER = "commits"
 RETIREMENTS_FOLDER = "retirements"
 JOBS_FOLDER = "jobs"
+SPEND_FOLDER = "spend"
 
 JobState = Literal["running", "paused", "cancelled"]
 Status = Literal["owed", "embedded", "failed", "deleted", "cancelled"]
 STATUSES: tuple[Status, ...] = ("owed", "embedded", "failed", "deleted", "cancelled")
+_SPEC_FIELDS = {field.name for field in fields(EmbedderSpec)}
 OWED, EMBEDDED, FAILED, DELETED, CANCELLED = range(len(STATUSES))
 
 
@@ -56,7 +58,7 @@ def job_key(job: str) -> str:
 
 
 def spend_key(worker: str) -> str:
-    return f"spend/{worker}.log"
+    return f"{SPEND_FOLDER}/{worker}.log"
 
 
 def numbers(names: Sequence[str], *, suffix: str) -> list[int]:
@@ -100,6 +102,7 @@ class DatasetInfo:
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "id": self.id,
+                "requires": [],
                 "created_at": self.created_at,
                 "embedder": self.embedder.as_dict(),
                 "fingerprint": self.embedder.fingerprint,
@@ -116,6 +119,11 @@ class DatasetInfo:
         if record.get("format") != FORMAT:
             raise ConfigurationError(f"{name} does not describe an embedmill dataset")
         check_version(record, name=name)
+        unknown = [*record.get("requires", ()), *set(record.get("embedder") or ()).difference(_SPEC_FIELDS)]
+        if unknown:
+            raise ConfigurationError(
+                f"{name} uses what this embedmill does not know ({', '.join(unknown)}): upgrade it"
+            )
         try:
             embedder = EmbedderSpec(**record["embedder"])
             info = cls(
@@ -131,6 +139,12 @@ class DatasetInfo:
         if embedder.fingerprint != record.get("fingerprint"):
             raise CorruptStore(f"{name} was edited: its fingerprint is not that of its embedder")
         return info
+
+
+def known(kind: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What this release knows of a record. Fields that others added are passed over: what must not be is in `requires`."""
+    names = {field.name for field in fields(kind)}
+    return {key: value for key, value in record.items() if key in names}
 
 
 def check_version(record: Mapping[str, Any], *, name: str) -> None:
@@ -226,10 +240,10 @@ class Marker:
                 committed_at=record["committed_at"],
                 billed_tokens=record["billed_tokens"],
                 requests=record["requests"],
-                failures=tuple(Failure(**failure) for failure in record["failures"]),
+                failures=tuple(Failure(**known(Failure, failure)) for failure in record["failures"]),
                 truncated=tuple(record["truncated"]),
                 replaces=tuple(record["replaces"]),
-                objects={key: StoredObject(**value) for key, value in record["objects"].items()},
+                objects={key: StoredObject(**known(StoredObject, value)) for key, value in record["objects"].items()},
             )
             rows = record["rows"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -269,9 +283,8 @@ class Job:
     def from_bytes(cls, data: bytes, *, name: str) -> Job:
         record = from_json(data, name=name)
         check_version(record, name=name)
-        record.pop("format_version")
         try:
-            return replace(cls(**record), sources=tuple(record["sources"]))
+            return replace(cls(**known(cls, record)), sources=tuple(record["sources"]))
         except (KeyError, TypeError) as error:
             raise CorruptStore(f"{name} is incomplete: {error}") from error
 

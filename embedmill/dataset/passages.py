@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ..documents import Cursor
 from ..errors import CorruptStore
-from .layout import FORMAT_VERSION, check_version
+from .layout import FORMAT_VERSION, check_version, known
 
 SCHEMA_FIELDS: list[pa.Field[Any]] = [
     pa.field("id", pa.string(), nullable=False),
@@ -66,7 +66,7 @@ class SourcePosition:
 class ShardOrigin:
     """The document file's own metadata.
 
-    carried: row -> (shard, row) whose text was the same, so that its vector can be taken over; replaces: the shards that
+    erased: the shard was retired and its rows are gone; the object stays, empty, since the log is dense. carried: row -> (shard, row) whose text was the same, so that its vector can be taken over; replaces: the shards that
     this one was written to replace (it does not count before a retirement says so).
     """
 
@@ -75,6 +75,7 @@ class ShardOrigin:
     sources: tuple[SourcePosition, ...] = ()
     carried: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     replaces: tuple[int, ...] = ()
+    erased: bool = False
 
 
 def passages_table(passages: Sequence[Passage], *, origin: ShardOrigin) -> pa.Table:
@@ -120,6 +121,7 @@ def _origin_to_json(origin: ShardOrigin) -> bytes:
         "sources": [source.as_dict() for source in origin.sources],
         "carried": [[row, *place] for row, place in sorted(origin.carried.items())],
         "replaces": list(origin.replaces),
+        "erased": origin.erased,
     }
     return json.dumps(record, ensure_ascii=False).encode()
 
@@ -129,11 +131,14 @@ def _origin_from_json(raw: bytes, *, name: str) -> ShardOrigin:
         record = json.loads(raw)
         check_version(record, name=name)
         sources = tuple(
-            SourcePosition(source["key"], source["name"], Cursor(**source["cursor"]), source["first_row"])
+            SourcePosition(
+                source["key"], source["name"], Cursor(**known(Cursor, source["cursor"])), source["first_row"]
+            )
             for source in record["sources"]
             if source["kind"] == "push"
         )
         carried = {row: (shard, old_row) for row, shard, old_row in record["carried"]}
-        return ShardOrigin(record["shard"], record["job"], sources, carried, tuple(record["replaces"]))
+        replaces, erased = tuple(record["replaces"]), bool(record["erased"])
+        return ShardOrigin(record["shard"], record["job"], sources, carried, replaces, erased)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptStore(f"the embedmill metadata of {name} is damaged: {error}") from error

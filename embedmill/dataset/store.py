@@ -163,7 +163,7 @@ class LocalStore:
         return removed
 
     def _write_temporary(self, path: Path, parts: Buffer | Sequence[Buffer]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
         buffers = [parts] if isinstance(parts, (bytes, bytearray, memoryview)) else parts
         try:
@@ -206,6 +206,14 @@ def open_store(url: str) -> Store:
     if scheme == "file":
         return LocalStore(Path("/" + rest.split("/", 1)[-1] if rest.startswith("localhost/") else rest))
     raise ConfigurationError(f"{url}: datasets on {scheme}:// are not supported by this release; use a folder")
+
+
+def _make_folders(folder: Path) -> None:
+    """Like mkdir -p, and each new folder durable in the one that holds it."""
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in missing:
+        _sync_folder(part.parent)
 
 
 def _sync_folder(folder: Path) -> None:

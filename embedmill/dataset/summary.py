@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from . import layout
@@ -10,7 +12,10 @@ from .dataset import Dataset
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """Rows by what became of them. admitted = embedded + failed + deleted + cancelled + owed."""
+    """Rows by what became of them. admitted = embedded + failed + deleted + cancelled + owed.
+
+    billed_tokens: of all attempts of all workers, as their spend logs say.
+    """
 
     shards: int
     committed_shards: int
@@ -46,5 +51,15 @@ def summarize(dataset: Dataset) -> DatasetSummary:
         cancelled=count(layout.CANCELLED),
         owed=owed,
         truncated=sum(len(marker.truncated) for marker in markers),
-        billed_tokens=sum(marker.billed_tokens for marker in markers),
+        billed_tokens=max(sum(marker.billed_tokens for marker in markers), _spent(dataset)),
     )
+
+
+def _spent(dataset: Dataset) -> int:
+    """Tokens in all spend logs; a line that a crash cut short is passed over."""
+    tokens = 0
+    for name in dataset.store.names(layout.SPEND_FOLDER):
+        for line in dataset.store.read(f"{layout.SPEND_FOLDER}/{name}").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                tokens += int(json.loads(line)["tokens"])
+    return tokens

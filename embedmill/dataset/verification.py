@@ -80,10 +80,12 @@ def _check_shard(dataset: Dataset, shard: int, report: DatasetReport) -> Iterato
         return
     if origin.shard != shard:
         yield Problem(key, f"it says that it is shard {origin.shard}")
-    if marker is None:
+    if marker is None or origin.erased:
         return
     if marker.objects.get(key) != describe(data):
         yield Problem(key, "not the object that was committed: size or checksum differ")
+    if marker.shard != shard:
+        yield Problem(layout.commit_key(shard), f"it says that it is shard {marker.shard}")
     if marker.rows != table.num_rows:
         yield Problem(layout.commit_key(shard), f"statuses of {marker.rows} rows for {table.num_rows} documents")
         return

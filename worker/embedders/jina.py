@@ -47,7 +47,7 @@ _LIMIT_CODES = {
     "RATE_IP_LIMIT_EXCEEDED": "address",
 }
 _LIMIT_WORDS = {"request rate": "requests", "token rate": "tokens", "concurrency": "concurrency", "ip rate": "address"}
-_CURRENT_OF_ALLOWED = re.compile(r"\d[\d,]*\s*/\s*(\d[\d,]*)")
+_CURRENT_OF_ALLOWED = re.compile(r"exceeded: *\d[\d,]*/(\d[\d,]*) +(?:requests|tokens|concurrent)")
 _SETTINGS = frozenset({"model", "task", "dimensions", "embedding_type", "late_chunking", "truncate", "normalized"})
 
 

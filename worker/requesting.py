@@ -1,0 +1,105 @@
+"""Answers that can be trusted: malformed ones asked for again, and a provider that is unwell told from a bad passage.
+
+What is unwell for every text is nobody's dead letter. Before a refusal or a suspicious answer is believed, a text that any
+provider takes, the canary, is tried: if that fails too, the job stops, and nothing is buried.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import numpy as np
+
+from embedmill.embedder import Embedder, Embedding
+from embedmill.errors import InputRejected, JobFatalError, RateLimited
+from scheduler.budget import RequestBudget
+
+from .attempts import Attempt, embed_batch
+from .gate import inspect
+
+CANARY = "The canary in this mine sings of seven blue whales."
+_MALFORMED_TRIES = 5
+
+
+@dataclass(slots=True)
+class WorkerCounts:
+    """What this worker has done, for progress and metrics. Passages carried over or adopted were not paid for again.
+
+    lost_tokens: estimate of what was sent and never answered, which the provider may have billed.
+    """
+
+    embedded: int = 0
+    failed: int = 0
+    adopted: int = 0
+    tokens: int = 0
+    lost_tokens: int = 0
+    requests: int = 0
+    truncated: int = 0
+    shards: int = 0
+    rate_limited: int = 0
+    failed_requests: int = 0
+    last_trouble: str = ""
+
+
+@dataclass(slots=True)
+class Requester:
+    """Sends the requests of one worker. `on_waste` is told of answers that were billed and cannot be used."""
+
+    embedder: Embedder
+    budget: RequestBudget
+    counts: WorkerCounts
+    well_at_s: float = field(default=float("-inf"))
+
+    async def ask(self, texts: Sequence[str], *, est_tokens: int, on_waste: Callable[[Embedding], None]) -> Embedding:
+        """One answer whose shape holds, (n, dimensions); single rows may still be bad.
+
+        Raises InputRejected for content that is refused, JobFatalError when no answer can be used, TransientError.
+        """
+        whole: str | None = None
+        for attempt in range(_MALFORMED_TRIES):
+            embedding = await self._send(texts, est_tokens)
+            report = inspect(embedding.vectors, texts, dimensions=self.embedder.spec.dimensions)
+            whole = report.whole
+            if report.alike and await self._answers_canary_like(embedding):
+                whole = f"{len(set(texts))} different texts got one and the same vector"
+            if whole is None:
+                self.well_at_s = time.monotonic()
+                return embedding
+            self.counts.last_trouble = f"malformed answer: {whole}"
+            on_waste(embedding)
+            if attempt + 1 < _MALFORMED_TRIES:
+                await anyio.sleep(0.5 * 2**attempt)
+        raise JobFatalError(
+            f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
+        )
+
+    async def require_well(self, *, since_s: float, refusal: InputRejected) -> None:
+        """Make sure that the provider takes anything at all. Raises JobFatalError when it refuses everything."""
+        if self.well_at_s >= since_s:
+            return
+        try:
+            await self._send([CANARY], sum(self.embedder.estimate_tokens([CANARY])))
+        except InputRejected as error:
+            raise JobFatalError(
+                f"the provider refuses every text, so no document is to blame: {refusal}; nothing is lost"
+            ) from error
+        self.well_at_s = time.monotonic()
+
+    async def _answers_canary_like(self, embedding: Embedding) -> bool:
+        """Whether a text unlike all others gets the vector of the others, too."""
+        answer = await self._send([CANARY], sum(self.embedder.estimate_tokens([CANARY])))
+        return bool(np.array_equal(answer.vectors[:1], embedding.vectors[:1]))
+
+    async def _send(self, texts: Sequence[str], est_tokens: int) -> Embedding:
+        return await embed_batch(self.embedder, texts, budget=self.budget, est_tokens=est_tokens, on_event=self._note)
+
+    def _note(self, attempt: Attempt) -> None:
+        if attempt.outcome == RateLimited.code:
+            self.counts.rate_limited += 1
+        elif attempt.outcome != "ok":
+            self.counts.failed_requests += 1
+        if attempt.billed_tokens is None:
+            self.counts.lost_tokens += attempt.est_tokens
