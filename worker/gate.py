@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_FLOAT32: np.dtype[np.floating] = np.dtype(np.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
@@ -28,7 +30,7 @@ def inspect(
     texts: Sequence[str],
     *,
     dimensions: int,
-    dtype: np.dtype[np.floating] = np.dtype(np.float32),
+    dtype: np.dtype[np.floating] = _FLOAT32,
 ) -> GateReport:
     """Check an answer: (n, dimensions), finite also as `dtype`, not zero, not all alike for different texts."""
     if vectors.ndim != 2 or len(vectors) != len(texts):

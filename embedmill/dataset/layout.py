@@ -119,11 +119,7 @@ class DatasetInfo:
         if record.get("format") != FORMAT:
             raise ConfigurationError(f"{name} does not describe an embedmill dataset")
         check_version(record, name=name)
-        unknown = [*record.get("requires", ()), *set(record.get("embedder") or ()).difference(_SPEC_FIELDS)]
-        if unknown:
-            raise ConfigurationError(
-                f"{name} uses what this embedmill does not know ({', '.join(unknown)}): upgrade it"
-            )
+        _refuse_unknown(record, name=name)
         try:
             embedder = EmbedderSpec(**record["embedder"])
             info = cls(
@@ -317,6 +313,16 @@ class Retirement:
             return cls(tuple(record["retired"]), tuple(record["replacements"]), record["reason"], record["created_at"])
         except (KeyError, TypeError) as error:
             raise CorruptStore(f"{name} is incomplete: {error}") from error
+
+
+def _refuse_unknown(record: Mapping[str, Any], *, name: str) -> None:
+    """A dataset that needs what a later release brought must not be read without it."""
+    requires, embedder = record.get("requires"), record.get("embedder")
+    if not isinstance(requires, list) or not isinstance(embedder, dict):
+        raise CorruptStore(f"{name} is incomplete: it has no list `requires`, or no embedder")
+    unknown = [*map(str, requires), *set(embedder).difference(_SPEC_FIELDS)]
+    if unknown:
+        raise ConfigurationError(f"{name} uses what this embedmill does not know ({', '.join(unknown)}): upgrade it")
 
 
 def run_lengths(codes: NDArray[np.uint8]) -> list[tuple[int, int]]:

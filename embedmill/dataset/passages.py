@@ -66,8 +66,9 @@ class SourcePosition:
 class ShardOrigin:
     """The document file's own metadata.
 
-    erased: the shard was retired and its rows are gone; the object stays, empty, since the log is dense. carried: row -> (shard, row) whose text was the same, so that its vector can be taken over; replaces: the shards that
-    this one was written to replace (it does not count before a retirement says so).
+    carried: row -> (shard, row) whose text was the same, so that its vector can be taken over; replaces: the shards
+    that this one was written to replace (it does not count before a retirement says so); erased: the shard was retired
+    and its rows are gone; the object stays, empty, since the log is dense.
     """
 
     shard: int

@@ -171,7 +171,7 @@ def test_killed_while_it_reads_and_commits_it_ends_with_the_set_of_a_calm_run_bi
 
     def start_and_wait_for_work() -> subprocess.Popen[bytes]:
         process = embedmill.start(*arguments, "--to", out)
-        lock = out / ".run.lock"
+        lock = out / ".work.lock"
         wait_until(lambda: lock.exists() and is_locked(lock), process)
         return process
 
@@ -258,7 +258,7 @@ def expect_a_clean_stop(stopped: Ended, out: Path) -> None:
     assert stopped.stdout.endswith("Next: run the same command again to go on\n")
     check_dataset(out, at_rest=False)
     assert rows_in_checkpoints(out) > 50
-    assert not is_locked(out / ".run.lock")
+    assert not is_locked(out / ".work.lock")
 
 
 def is_locked(path: Path) -> bool:

@@ -238,7 +238,7 @@ def test_a_second_run_on_the_same_dataset_is_refused_while_the_first_works(embed
     second = embedmill("run", "-", "--to", "out", *NULL, stdin=b'{"id":"x","text":"never read"}\n')
     assert second.status == 2
     assert second.stderr.splitlines() == [
-        f"embedmill: another run is at work on {embedmill.folder / 'out'}: wait for it, or stop it first"
+        f"embedmill: another run or a worker is at work on {embedmill.folder / 'out'}: wait for it, or stop it first"
     ]
     assert finish(first, stdin=b'{"id":"a","text":"One."}\n').status == 0
     check_dataset(embedmill.folder / "out", source={"a": "One."})
@@ -259,7 +259,7 @@ def wait_for(path: Path, *, within_s: float = 20) -> None:
 
 def stored_objects(root: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of change of everything that is not a lock, a job's record or the index."""
-    passed_over = {".lock", ".run.lock", "index", "jobs"}
+    passed_over = {".lock", ".work.lock", "index", "jobs"}
     return {
         str(path.relative_to(root)): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in root.rglob("*")

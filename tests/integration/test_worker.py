@@ -23,6 +23,7 @@ from embedmill.errors import (
     InvalidKey,
     JobFatalError,
     Overloaded,
+    RequestTooLarge,
     StorageError,
 )
 from embedmill.messages import Task
@@ -32,7 +33,7 @@ from scheduler.queue import Depth, Queue
 from scheduler.reconcile import reconcile
 from tests.datasets import admit_texts, passage, small_dataset
 from tests.invariants import check_dataset
-from worker import embedding
+from worker import requesting
 from worker.attempts import RetryPolicy, embed_batch
 from worker.embedders.null import NullEmbedder, hash_vectors
 from worker.service import Worker
@@ -200,7 +201,61 @@ async def test_a_refused_passage_is_found_by_bisecting_and_is_the_only_dead_lett
     ]
     assert (await queue.depth()).dead == 1
     assert embedder.times["poison"] == 4
-    assert len(embedder.requests) == 7
+    # The canary is asked only where nothing was taken since the first refusal.
+    assert len(embedder.requests) == 7 + (row == 0)
+    assert embedder.times[requesting.CANARY] == int(row == 0)
+
+
+async def test_a_provider_that_refuses_everything_stops_the_job_and_buries_nobody(
+    dataset: Dataset, queue: Queue
+) -> None:
+    async def refuse(_: list[str]) -> None:
+        raise InputRejected("422: no")
+
+    await owe(dataset, queue, texts_of(0))
+    with pytest.raises(JobFatalError, match="refuses every text"):
+        await work_off(queue, TestedEmbedder(before=refuse))
+    assert await queue.depth() == Depth(0, 1, 0, 0, 0)
+    await work_off(queue, TestedEmbedder())
+    check(dataset)
+    assert statuses(dataset) == [EMBEDDED] * 8
+
+
+async def test_a_passage_beyond_the_keys_limits_stops_the_job_and_is_not_buried(dataset: Dataset, queue: Queue) -> None:
+    async def too_large(request: list[str]) -> None:
+        if any(text.endswith("shard 0") and " 3 " in text for text in request):
+            raise RequestTooLarge("about 580 tokens, and this key may send 400 per minute")
+
+    await owe(dataset, queue, texts_of(0))
+    with pytest.raises(JobFatalError, match="400 per minute; nothing is lost"):
+        await work_off(queue, TestedEmbedder(before=too_large))
+    await work_off(queue, TestedEmbedder())
+    check(dataset)
+    assert statuses(dataset) == [EMBEDDED] * 8
+
+
+async def test_texts_that_a_healthy_model_cannot_tell_apart_are_embedded(dataset: Dataset, queue: Queue) -> None:
+    def same_for_all_but_the_canary(texts: list[str], vectors: np.ndarray) -> np.ndarray:
+        return vectors if texts == [requesting.CANARY] else np.ones_like(vectors)
+
+    await owe(dataset, queue, texts_of(0))
+    await work_off(queue, TestedEmbedder(change=same_for_all_but_the_canary))
+    assert statuses(dataset) == [EMBEDDED] * 8
+
+
+async def test_a_task_of_a_dataset_that_is_gone_or_another_is_dropped_and_the_others_go_on(
+    dataset: Dataset, queue: Queue, tmp_path: Path
+) -> None:
+    await queue.enqueue(
+        [
+            Task(str(tmp_path / "gone"), "some id", 0, "main", 8, 100),
+            Task(dataset.url, "of a former dataset here", 0, "main", 8, 100),
+        ]
+    )
+    await owe(dataset, queue, texts_of(0))
+    await work_off(queue, TestedEmbedder())
+    check(dataset)
+    assert (await queue.depth()).open == 0
 
 
 def spoil(text: str, value: float) -> Callable[[list[str], np.ndarray], np.ndarray]:
@@ -257,12 +312,13 @@ async def test_answers_that_stay_malformed_stop_the_job_and_lose_nothing(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[list[str], np.ndarray], np.ndarray],
 ) -> None:
-    monkeypatch.setattr(embedding, "_MALFORMED_TRIES", 2)
+    monkeypatch.setattr(requesting, "_MALFORMED_TRIES", 2)
     await owe(dataset, queue, texts_of(0))
     embedder = TestedEmbedder(change=change)
     with pytest.raises(JobFatalError, match="answers cannot be used"):
         await work_off(queue, embedder)
-    assert embedder.requests == [texts_of(0)[:4]] * 2
+    asked = [request for request in embedder.requests if request != [requesting.CANARY]]
+    assert asked == [texts_of(0)[:4]] * 2
     assert await queue.depth() == Depth(0, 1, 0, 0, 0)
     await work_off(queue, TestedEmbedder())
     check(dataset)
@@ -272,7 +328,7 @@ async def test_a_shard_in_trouble_is_retried_later_while_the_others_go_on(
     dataset: Dataset, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = partial(embed_batch, policy=RetryPolicy(max_attempts=1))
-    monkeypatch.setattr(embedding, "embed_batch", once)
+    monkeypatch.setattr(requesting, "embed_batch", once)
     failures = 0
 
     async def fail_twice(request: list[str]) -> None:

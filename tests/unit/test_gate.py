@@ -59,9 +59,16 @@ def test_an_answer_of_another_shape_is_refused_as_a_whole(vectors: NDArray[np.fl
         raise ValueError(report.whole)
 
 
-def test_different_texts_with_one_and_the_same_vector_are_refused_as_a_whole() -> None:
-    alike = np.ones((4, 3), np.float32)
-    assert inspect(alike, TEXTS, dimensions=3).whole == "4 different texts got one and the same vector"
+def test_different_texts_with_one_and_the_same_vector_do_not_pass_unasked() -> None:
+    report = inspect(np.ones((4, 3), np.float32), TEXTS, dimensions=3)
+    assert (report.alike, report.whole, report.passed) == (True, None, False)
+
+
+def test_a_value_that_half_precision_cannot_hold_is_bad_for_a_half_precision_dataset() -> None:
+    vectors = np.eye(4, 3, dtype=np.float32) + 1
+    vectors[2, 1] = 70_000
+    assert inspect(vectors, TEXTS, dimensions=3).passed
+    assert list(inspect(vectors, TEXTS, dimensions=3, dtype=np.dtype(np.float16)).bad) == [2]
 
 
 def test_equal_texts_may_have_equal_vectors() -> None:
