@@ -59,6 +59,10 @@ class RequestBudget(Protocol):
         """Enter when the request may be sent; leave to settle it. Raises RequestTooLarge for what can never be sent."""
         ...
 
+    async def restore(self, spent_tokens: int) -> None:
+        """Charge tokens of the last window to a budget that does not remember them."""
+        ...
+
     async def keep_alive(self) -> None:
         """Say that this process lives, until cancelled: what a dead one held comes back soon."""
         ...
@@ -72,6 +76,9 @@ class Unlimited:
     @asynccontextmanager
     async def reserve(self, est_tokens: int) -> AsyncIterator[Grant]:
         yield Grant(est_tokens, outcome="unknown")
+
+    async def restore(self, spent_tokens: int) -> None:
+        """Nothing is limited, so nothing is remembered."""
 
     async def keep_alive(self) -> None:
         await anyio.sleep_forever()
@@ -141,20 +148,13 @@ class Budget:
                 except Overloaded as error:
                     log.warning("permits were not kept: %s", error)
 
-    async def hold(self, seconds: float) -> None:
-        """Let nothing start for so long: for a budget that was lost with requests of the last window behind it."""
-        await self._connection.script("hold", self._keys[:1], [math.ceil(seconds * 1000)])
-
-    async def _wait_for_turn(self, grant: Grant) -> None:
-        while True:
-            wait_s = await self._granted(grant)
-            self._held.add(grant.op)
-            await anyio.sleep(wait_s)
-            if self._closed_until <= anyio.current_time():
-                return
-            # Another task's refusal closed the key meanwhile: a later turn must be counted where it falls.
-            await self._settle(grant)
-            grant.op = uuid.uuid4().hex
+    async def restore(self, spent_tokens: int) -> None:
+        """Charge what was sent in the last window to a budget that has no memory of it, as after a loss of Redis."""
+        limit = self._limits["tokens"]
+        if spent_tokens <= 0 or not limit or await self._connection.command("EXISTS", self._keys[0]):
+            return
+        async with self.reserve(min(spent_tokens, limit)):
+            pass
 
     async def _granted(self, grant: Grant) -> float:
         """Seconds until the start that was given."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from worker.attempts import RetryPolicy, embed_batch
 from ..dataset.dataset import Dataset, now_iso
 from ..dataset.layout import Job
 from ..dataset.store import LocalStore
-from ..dataset.summary import summarize
+from ..dataset.summary import spent_recently, summarize
 from ..dataset.work_lock import dataset_folder, work_alone
 from ..embedder import Embedder
 from ..errors import ConfigurationError
@@ -147,6 +148,7 @@ async def _run_on(
         # A queue of its own, since this worker knows one model only; the budget of the key is everybody's.
         queue = await stack.enter_async_context(_own_queue(connection, f"{request.namespace}:run:{dataset.info.id}"))
         budget = make_budget(request.choice, connection, namespace=request.namespace)
+        await budget.restore(await to_thread.run_sync(partial(spent_recently, dataset, key_id=budget.key_id)))
         await _probe(embedder, budget)
         loader = _make_loader(dataset, request)
         if loader is not None:

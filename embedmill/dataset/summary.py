@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
 
 from . import layout
 from .dataset import Dataset
@@ -51,15 +54,26 @@ def summarize(dataset: Dataset) -> DatasetSummary:
         cancelled=count(layout.CANCELLED),
         owed=owed,
         truncated=sum(len(marker.truncated) for marker in markers),
-        billed_tokens=max(sum(marker.billed_tokens for marker in markers), _spent(dataset)),
+        billed_tokens=max(
+            sum(marker.billed_tokens for marker in markers), sum(line["tokens"] for line in _spend_lines(dataset))
+        ),
     )
 
 
-def _spent(dataset: Dataset) -> int:
-    """Tokens in all spend logs; a line that a crash cut short is passed over."""
-    tokens = 0
+def spent_recently(dataset: Dataset, *, key_id: str, within_s: float = 60.0) -> int:
+    """Tokens that the spend logs say one key was billed in the last `within_s` seconds, by the clock of this machine."""
+    now = datetime.now(tz=UTC)
+    lines = (line for line in _spend_lines(dataset) if line.get("key") == key_id)
+    return sum(
+        line["tokens"] for line in lines if (now - datetime.fromisoformat(line["at"])).total_seconds() < within_s
+    )
+
+
+def _spend_lines(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Every line of every spend log; one that a crash cut short is passed over."""
     for name in dataset.store.names(layout.SPEND_FOLDER):
         for line in dataset.store.read(f"{layout.SPEND_FOLDER}/{name}").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                tokens += int(json.loads(line)["tokens"])
-    return tokens
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and {"at", "tokens"} <= record.keys():
+                    yield record

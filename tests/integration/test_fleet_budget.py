@@ -107,13 +107,6 @@ async def test_a_refusal_closes_the_key_for_the_other_worker(connection):
     assert await enters_within(theirs, 2)
 
 
-async def test_a_held_budget_starts_nothing(connection):
-    budget = budget_on(connection)
-    await budget.hold(0.4)
-    assert not await enters_within(budget, 0.2)
-    assert await enters_within(budget, 2)
-
-
 async def test_a_request_over_a_whole_minutes_tokens_is_rejected_with_what_to_do(connection):
     budget = budget_on(connection, tpm=1_000)
     with pytest.raises(InputRejected, match="--tpm"):

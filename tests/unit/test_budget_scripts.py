@@ -179,6 +179,26 @@ async def test_settling_twice_changes_nothing(clock, connection):
     assert await connection.command("HGETALL", asker.budget._keys[0]) == before
 
 
+async def test_a_lost_budget_is_charged_what_was_spent_and_one_that_is_there_is_not(clock, connection):
+    asker = Asker(connection, tpm=60_000, max_wait_s=100)
+    await asker.budget.restore(30_000)
+    assert (await asker.reserve(30_000))[1] == pytest.approx(30 / 0.98 - 1, abs=0.01)
+    before = await connection.command("HGETALL", asker.budget._keys[0])
+    await asker.budget.restore(30_000)
+    assert await connection.command("HGETALL", asker.budget._keys[0]) == before
+
+
+async def test_a_holder_that_says_that_it_lives_keeps_its_permit(clock, connection):
+    asker = Asker(connection, concurrency=1, holder_s=20)
+    _, _, _, grant = await asker.reserve()
+    for _ in range(5):
+        clock.now_s += 15
+        assert await connection.script("keep", asker.budget._keys[1:2], [20_000, grant.op, "unknown"]) == 1
+        assert (await asker.reserve())[0] == 0
+    clock.now_s += 21
+    assert (await asker.reserve())[0] == 1
+
+
 async def test_a_dead_holders_permit_comes_back_when_it_expires(clock, connection):
     asker = Asker(connection, concurrency=1, holder_s=180)
     await asker.reserve()
