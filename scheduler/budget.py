@@ -156,6 +156,18 @@ class Budget:
         async with self.reserve(min(spent_tokens, limit)):
             pass
 
+    async def _wait_for_turn(self, grant: Grant) -> None:
+        while True:
+            wait_s = await self._granted(grant)
+            self._held.add(grant.op)
+            await anyio.sleep(wait_s)
+            if self._closed_until <= anyio.current_time():
+                return
+            # Another task's refusal closed the key meanwhile: a later turn must be counted where it falls.
+            self._held.discard(grant.op)
+            await self._settle(grant)
+            grant.op = uuid.uuid4().hex
+
     async def _granted(self, grant: Grant) -> float:
         """Seconds until the start that was given."""
         args: list[str | int | float] = [grant.op, grant.est_tokens, *self._limits.values(), *self._times_ms]

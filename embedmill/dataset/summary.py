@@ -44,6 +44,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
     def count(status: int) -> int:
         return sum(marker.count(status) for marker in markers)
 
+    in_markers = sum(marker.billed_tokens for marker in markers)
     return DatasetSummary(
         shards=len(shards),
         committed_shards=len(markers),
