@@ -55,9 +55,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
         cancelled=count(layout.CANCELLED),
         owed=owed,
         truncated=sum(len(marker.truncated) for marker in markers),
-        billed_tokens=max(
-            sum(marker.billed_tokens for marker in markers), sum(line["tokens"] for line in _spend_lines(dataset))
-        ),
+        billed_tokens=max(in_markers, sum(line["tokens"] for line in _spend_lines(dataset))),
     )
 
 
