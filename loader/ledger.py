@@ -56,9 +56,8 @@ class LoadResult:
     def from_bytes(cls, data: bytes, *, name: str) -> LoadResult:
         record: dict[str, Any] = layout.from_json(data, name=name)
         layout.check_version(record, name=name)
-        record.pop("format_version")
         try:
-            return cls(**record)
+            return cls(**layout.known(cls, record))
         except TypeError as error:
             raise CorruptStore(f"{name} is incomplete: {error}") from error
 

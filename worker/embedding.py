@@ -174,7 +174,7 @@ class ShardEmbedding:
         """Embed rows in one request; bisect when their content is refused, until the bad passage is alone.
 
         A row whose vector does not pass the gate is asked for again by itself, so many `tries` in all. since_s: when the
-        first refusal came that led here; nothing is buried before the provider has taken something else since.
+        first complaint came that led here; nothing is buried before the provider has done something else well since.
         """
         texts = [self._texts[row] for row in rows]
         began_s = time.monotonic()
@@ -185,7 +185,7 @@ class ShardEmbedding:
                 on_waste=lambda answer: self._add([], answer, []),
             )
         except InputRejected as error:
-            await self._bisect(rows, error, tries=tries, since_s=began_s if since_s is None else since_s)
+            await self._bisect(rows, error, tries=tries, since_s=since_s or began_s)
             return
         report = inspect(
             embedding.vectors, texts, dimensions=self._results.dimensions, dtype=np.dtype(self._dataset.info.dtype)
@@ -194,9 +194,10 @@ class ShardEmbedding:
         self._add([rows[position] for position in good], embedding, good)
         for position, cause in report.bad.items():
             if tries <= 1:
+                await self._tools.requester.require_well(since_s=since_s or began_s, complaint=cause)
                 self._fail(rows[position], code="gate", cause=cause)
             else:
-                await self._embed([rows[position]], tries=tries - 1)
+                await self._embed([rows[position]], tries=tries - 1, since_s=since_s or began_s)
 
     async def _bisect(self, rows: list[int], refusal: InputRejected, *, tries: int, since_s: float) -> None:
         if len(rows) > 1:
@@ -206,7 +207,7 @@ class ShardEmbedding:
             return
         if isinstance(refusal, RequestTooLarge):
             raise JobFatalError(f"{refusal}; nothing is lost, run again with other limits") from refusal
-        await self._tools.requester.require_well(since_s=since_s, refusal=refusal)
+        await self._tools.requester.require_well(since_s=since_s, complaint=str(refusal))
         self._fail(rows[0], code=refusal.code, cause=str(refusal))
 
     def _add(self, rows: list[int], embedding: Embedding, positions: list[int]) -> None:

@@ -66,7 +66,8 @@ class Requester:
             if report.alike and await self._answers_canary_like(embedding):
                 whole = f"{len(set(texts))} different texts got one and the same vector"
             if whole is None:
-                self.well_at_s = time.monotonic()
+                if not report.bad:
+                    self.well_at_s = time.monotonic()
                 return embedding
             self.counts.last_trouble = f"malformed answer: {whole}"
             on_waste(embedding)
@@ -76,16 +77,23 @@ class Requester:
             f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
         )
 
-    async def require_well(self, *, since_s: float, refusal: InputRejected) -> None:
-        """Make sure that the provider takes anything at all. Raises JobFatalError when it refuses everything."""
+    async def require_well(self, *, since_s: float, complaint: str) -> None:
+        """Make sure that the provider gives anything a good vector, before a passage is buried for `complaint`.
+
+        Raises JobFatalError when it does not even take the canary.
+        """
         if self.well_at_s >= since_s:
             return
         try:
-            await self._send([CANARY], sum(self.embedder.estimate_tokens([CANARY])))
+            answer = await self._send([CANARY], sum(self.embedder.estimate_tokens([CANARY])))
         except InputRejected as error:
             raise JobFatalError(
-                f"the provider refuses every text, so no document is to blame: {refusal}; nothing is lost"
+                f"the provider refuses every text, so no document is to blame: {complaint}; nothing is lost"
             ) from error
+        if not inspect(answer.vectors, [CANARY], dimensions=self.embedder.spec.dimensions).passed:
+            raise JobFatalError(
+                f"the provider has no usable vector for any text, so no document is to blame: {complaint}; nothing is lost"
+            )
         self.well_at_s = time.monotonic()
 
     async def _answers_canary_like(self, embedding: Embedding) -> bool:

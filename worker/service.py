@@ -59,6 +59,12 @@ def pause_job(dataset: Dataset, job: str, reason: str) -> None:
     dataset.write_job(replace(known, state="paused", reason=reason))
 
 
+def _stands_still(dataset: Dataset, job: str) -> bool:
+    """Paused or cancelled: the scheduler queues its shards again when it goes on."""
+    known = dataset.job(job)
+    return known is not None and known.state != "running"
+
+
 def worker_name() -> str:
     """Unique per start of a process, so that a restarted worker is never taken for its former self."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -200,10 +206,9 @@ class Worker:
     async def _embed(self, held: _Held, on_commit: Callable[[int], None] | None) -> None:
         task = held.lease.task
         dataset = await to_thread.run_sync(self._dataset, task)
-        if dataset is None:
-            _log.warning(
-                "%s is not the dataset that shard %d was queued for: the task is dropped", task.dataset, task.shard
-            )
+        if dataset is None or await to_thread.run_sync(_stands_still, dataset, task.job):
+            reason = "its dataset is gone" if dataset is None else "its job stands still"
+            _log.warning("the task of shard %d of %s is dropped: %s", task.shard, task.dataset, reason)
             with anyio.CancelScope(shield=True):
                 await self._queue.drop(held.lease)
             held.settled = True

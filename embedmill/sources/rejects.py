@@ -85,6 +85,7 @@ def read_cursor(line: str) -> Cursor | None:
     if not line.endswith("\n"):
         return None
     try:
-        return Cursor(**json.loads(line)["cursor"])
+        stored = json.loads(line)["cursor"]
+        return Cursor(**{name: stored[name] for name in ("file", "record", "offset", "line")})
     except (ValueError, TypeError, KeyError):
         return None

