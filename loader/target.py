@@ -7,6 +7,7 @@ what pymilvus prints, logs and raises ends here.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -141,8 +142,8 @@ class MilvusTarget:
     async def delete(self, ids: Sequence[str]) -> None:
         """Ids that are not there are no error."""
         for start in range(0, len(ids), _BATCH_ROWS):
-            block = list(ids[start : start + _BATCH_ROWS])
-            await self._call("delete", self._client.delete, self._name, ids=block, timeout=_CALL_S)
+            chosen = _one_of(ids[start : start + _BATCH_ROWS])
+            await self._call("delete", self._client.delete, self._name, filter=chosen, timeout=_CALL_S)
 
     async def flush(self) -> None:
         """Make everything acknowledged durable."""
@@ -170,9 +171,9 @@ class MilvusTarget:
         """The stored vectors, each (dimensions,) float32, of those ids that are there."""
         found: dict[str, NDArray[np.float32]] = {}
         for start in range(0, len(ids), _READ_ROWS):
-            block = list(ids[start : start + _READ_ROWS])
-            get = partial(self._client.get, output_fields=[_VECTOR], consistency_level=_STRONG, timeout=_CALL_S)
-            for row in await self._call("read vectors", get, self._name, ids=block):
+            chosen = _one_of(ids[start : start + _READ_ROWS])
+            get = partial(self._client.query, output_fields=[_VECTOR], consistency_level=_STRONG, timeout=_CALL_S)
+            for row in await self._call("read vectors", get, self._name, filter=chosen):
                 found[str(row["id"])] = np.asarray(row[_VECTOR], dtype=np.float32)
         return found
 
@@ -280,6 +281,11 @@ def _client_class(*, lite: bool) -> Any:
     return pymilvus.MilvusClient
 
 
+def _one_of(ids: Sequence[str]) -> str:
+    """A filter for these ids. pymilvus' own, for `ids=`, quotes as Python does, which Milvus reads otherwise."""
+    return f"id in {json.dumps(list(ids), ensure_ascii=False)}"
+
+
 def _silence(logger: logging.Logger, *, propagate: bool) -> None:
     logger.handlers = [logging.NullHandler()]
     logger.propagate = propagate
@@ -311,7 +317,9 @@ def _connection_error(error: Exception, *, address: Address, logged: Sequence[Ba
             "stop that one, or use a Milvus server"
         )
     if address.lite:
-        return ConfigurationError(f"cannot open the Milvus Lite database {address.shown}: {_reason(cause)}")
+        return ConfigurationError(
+            f"cannot open the Milvus Lite database {address.shown}: {_reason(cause)}; another process may have it open"
+        )
     if any(word in str(error).lower() for word in _REFUSED_WORDS):
         return ConfigurationError(
             f"Milvus at {address.shown} refuses the token: set {TOKEN_VARIABLE} (USER:PASSWORD or a key)"

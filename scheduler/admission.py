@@ -7,7 +7,7 @@ log itself, in the same object as the rows, so it can neither run ahead of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from embedmill.dataset.dataset import Dataset
@@ -72,9 +72,9 @@ class Admitter:
         self._unchanged: set[tuple[str, str]] = set()
         self.counts = AdmissionCounts()
 
-    def resume_after(self, push_key: str) -> Cursor | None:
-        """Where the log says that reading this push goes on."""
-        return self._index.cursor(push_key)
+    def reading(self, push_key: str, *, beside: Collection[str] = ()) -> tuple[str, Cursor | None]:
+        """Under which key and from where a source is to be read, see `DatasetIndex.reading`."""
+        return self._index.reading(push_key, beside=beside)
 
     def admit(
         self,

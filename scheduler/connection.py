@@ -39,10 +39,14 @@ def key_prefix(namespace: str) -> str:
 
 
 class Connection:
-    """Two clients on one server, and the scripts. `retry_for_s` is how long an unreachable server is waited for."""
+    """Two clients on one server, and the scripts.
 
-    def __init__(self, url: str, *, retry_for_s: float = 30.0) -> None:
+    retry_for_s: how long an unreachable server is waited for; embedded: it is a child of ours, and does not come back.
+    """
+
+    def __init__(self, url: str, *, retry_for_s: float = 30.0, embedded: bool = False) -> None:
         self.url = url
+        self.embedded = embedded
         self._retry_for_s = retry_for_s
         self._scripts: dict[str, AsyncScript] = {}
         self._commands, self._blocking = _fake_clients() if url == FAKE_URL else _clients(url)
@@ -109,6 +113,8 @@ class Connection:
         try:
             return await attempts(call, *args)
         except _UNREACHABLE as error:
+            if self.embedded:
+                raise Overloaded("the embedded queue server is gone: run the same command again") from error
             raise Overloaded(f"Redis at {self.shown} does not answer: {_reason(error)}") from error
         except RedisError as error:
             if _reason(error).removeprefix("-").startswith(_BUSY_WORDS) or isinstance(error, OutOfMemoryError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -61,14 +62,15 @@ class Intake:
         """Read everything. Raises ConfigurationError for a source that vanished, StorageError for a full disk."""
         sizes = [source.total_bytes() for source in sources]
         self._total_bytes = None if None in sizes else sum(size or 0 for size in sizes)
+        keys = {source.push_key for source in sources}
         for source in sources:
-            await self._read(source)
+            await self._read(source, beside=keys)
         if not self._stopped:
             await self._queue.enqueue(await to_thread.run_sync(self._admitter.close_shard))
             self.finished = True
 
-    async def _read(self, source: Source) -> None:
-        after = await to_thread.run_sync(self._admitter.resume_after, source.push_key)
+    async def _read(self, source: Source, *, beside: set[str]) -> None:
+        push_key, after = await to_thread.run_sync(partial(self._admitter.reading, source.push_key, beside=beside))
         rejects = RejectFile(self._rejects / f"{_file_name(source.name)}-{source.push_key[:8]}.jsonl")
         await to_thread.run_sync(rejects.resume, after)
         if after is not None:
@@ -79,18 +81,20 @@ class Intake:
                 block = await to_thread.run_sync(self._take_block, records)
                 if not block:
                     break
-                await self._admit(source, block, rejects)
+                await self._admit(push_key, source, block, rejects)
         finally:
             await to_thread.run_sync(_close, rejects)
             if rejects.count:
                 self.reject_files[rejects.path] = rejects.count
 
-    async def _admit(self, source: Source, block: list[SourceDocument | Reject], rejects: RejectFile) -> None:
+    async def _admit(
+        self, push_key: str, source: Source, block: list[SourceDocument | Reject], rejects: RejectFile
+    ) -> None:
         def admit() -> list[Task]:
             def keep(new: Sequence[Reject]) -> None:
                 _write(rejects, new)
 
-            return self._admitter.admit(source.push_key, source.name, block, keep_rejects=keep).tasks
+            return self._admitter.admit(push_key, source.name, block, keep_rejects=keep).tasks
 
         await self._queue.enqueue(await to_thread.run_sync(admit))
         if rejects.count:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import struct
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -119,3 +121,15 @@ class Checkpoint:
     @property
     def _fingerprint(self) -> str:
         return self._dataset.info.embedder.fingerprint
+
+
+def count_kept(dataset: Dataset, shards: Sequence[int]) -> int:
+    """Rows that the checkpoints of these shards hold, for showing progress; damaged ones count nothing. Blocking."""
+    kept = 0
+    fingerprint = dataset.info.embedder.fingerprint
+    for shard in shards:
+        for name in dataset.store.names(checkpoints_folder(shard)):
+            data = dataset.store.read_or_none(f"{checkpoints_folder(shard)}/{name}")
+            with suppress(CorruptStore):
+                kept += len(decode_increment(data or b"", fingerprint=fingerprint, name=name).rows)
+    return kept

@@ -29,7 +29,6 @@ _COMMANDS = {
     "worker": "services:worker",
     "loader": "services:loader",
 }
-_INTERRUPTED = 130
 _EPILOG = """\b
 Examples:
   embedmill run corpus.jsonl --to ./wiki
@@ -93,8 +92,8 @@ def _status(arguments: list[str] | None) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, click.exceptions.Abort):
-        _say("interrupted")
-        return _INTERRUPTED
+        _say("stopped before the end; the same command goes on")
+        return EmbedmillError.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -43,7 +43,7 @@ _SWEEP_S = 2.0
 async def open_connection(redis: str | None) -> AsyncIterator[Connection]:
     """The given server, checked, or an embedded one that lives as long as the context."""
     with nullcontext(redis) if redis is not None else embedded_server() as url:
-        connection = Connection(url)
+        connection = Connection(url) if redis is not None else Connection(url, retry_for_s=2.0, embedded=True)
         try:
             await connection.check()
             yield connection

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """All that a finished run knows. `milvus` and `loader` are None without Milvus."""
+    """All that a finished run knows. `milvus` and `loader` are None without Milvus; `collection` as it was named."""
 
     to: str
     milvus: str | None
+    collection: str | None
     loader: Loader | None
     counts: WorkerCounts
     intake: Intake
@@ -55,7 +56,7 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
     yield "Stopped before the end; nothing is lost." if ended.outcome.stopped else "Done."
     nothing = not (admitted.new or admitted.updated or admitted.unchanged)
     words = f"{admitted.new:,} new, {admitted.updated:,} changed, {admitted.unchanged:,} unchanged"
-    yield f"  documents   {'none that had not been read before' if nothing else words}"
+    yield f"  documents   {'nothing to add' if nothing else words}"
     if ended.outcome.stopped:
         yield f"  passages    {ended.outcome.done:,} done so far of {summary.admitted:,} ({counts.embedded:,} now)"
     else:
@@ -85,7 +86,8 @@ def _next_command(ended: RunEnded) -> str:
     if ended.outcome.stopped:
         return "run the same command again to go on"
     if ended.milvus is not None:
-        return f'embedmill search "your question" --milvus {shlex.quote(ended.milvus)}'
+        collection = f" --collection {ended.collection}" if ended.collection else ""
+        return f'embedmill search "your question" --milvus {shlex.quote(ended.milvus)}{collection}'
     return f"embedmill verify {shlex.quote(ended.to)}"
 
 

@@ -19,7 +19,7 @@ from scheduler.budget import RequestBudget
 from scheduler.connection import Connection
 from scheduler.intake import Intake
 from scheduler.queue import Queue
-from worker.attempts import RetryPolicy, embed_batch
+from worker.attempts import embed_batch
 
 from ..dataset.dataset import Dataset, now_iso
 from ..dataset.layout import Job
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from loader.service import Loader
 
 _LITE_NAME = "milvus.db"
-_PROBE = RetryPolicy(max_attempts=3)
 _EPILOG = """\b
 Examples:
   embedmill run corpus.jsonl.gz --to ./wiki
@@ -163,7 +162,7 @@ async def _run_on(
         )  # fmt: skip
         remember_job(dataset, request.job, request.sources)
         outcome = await pipeline.run(sources, quiet=request.as_json)
-        return RunEnded(request.to, request.milvus, loader, pipeline.worker.counts, intake, outcome)
+        return RunEnded(request.to, request.milvus, request.collection, loader, pipeline.worker.counts, intake, outcome)
 
 
 def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:
@@ -179,7 +178,7 @@ async def _probe(embedder: Embedder, budget: RequestBudget) -> None:
     """One small request, so that a bad key or a wrong address is found before anything is queued."""
     if embedder.spec.model.startswith(("local/", "null/")):
         return
-    await embed_batch(embedder, ["embedmill"], budget=budget, role="query", policy=_PROBE)
+    await embed_batch(embedder, ["embedmill"], budget=budget, role="query")
 
 
 @asynccontextmanager

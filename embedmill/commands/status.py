@@ -11,6 +11,7 @@ import click
 
 from scheduler.connection import Connection
 from scheduler.queue import Depth, Queue
+from worker.checkpoints import count_kept
 
 from ..dataset.dataset import Dataset
 from ..dataset.layout import Failure
@@ -51,12 +52,14 @@ async def _depth(redis: str, namespace: str) -> Depth:
 
 
 def _lines(dataset: Dataset, summary: DatasetSummary, depth: Depth | None) -> Iterator[str]:
-    done = summary.admitted - summary.owed
+    kept = count_kept(dataset, dataset.owed())
+    done = summary.admitted - summary.owed + kept
     percent = 100 * done / summary.admitted if summary.admitted else 100
     yield f"{dataset.url}: {done:,} of {summary.admitted:,} passages done ({percent:.0f} %)"
     yield f"  embedded    {summary.embedded:,} ({summary.truncated:,} cut to the model's limit)"
     yield f"  failed      {summary.failed:,}"
-    yield f"  owed        {summary.owed:,}"
+    in_checkpoints = f", of which {kept:,} are in checkpoints" if kept else ""
+    yield f"  owed        {summary.owed:,}{in_checkpoints}"
     yield f"  tokens      {summary.billed_tokens:,} billed"
     yield f"  shards      {summary.committed_shards:,} committed of {summary.shards:,}"
     for job in dataset.jobs():
@@ -87,6 +90,7 @@ def _as_record(dataset: Dataset, summary: DatasetSummary, depth: Depth | None) -
     return {
         "dataset": dataset.url,
         "passages": summary.as_dict(),
+        "in_checkpoints": count_kept(dataset, dataset.owed()),
         "failures": [failure.as_dict() for failure in _failures(dataset)],
         "jobs": [{"id": job.id, "state": job.state, "reason": job.reason} for job in dataset.jobs()],
         "queue": None if depth is None else {

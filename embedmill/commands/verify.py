@@ -13,7 +13,8 @@ from anyio import to_thread
 
 from ..dataset.dataset import Dataset
 from ..dataset.verification import DatasetReport, verify_dataset
-from ..errors import ConfigurationError, CorruptStore, StorageError
+from ..dataset.work_lock import dataset_folder, work_alone
+from ..errors import CorruptStore, StorageError
 from .options import output_options, shared
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ Exit status: 0 everything holds; 1 it holds, and some documents failed; 3 some a
 @output_options
 def verify(dataset: str, milvus: str | None, collection: str | None, repair: bool, as_json: bool) -> int:
     """Read DATASET back and hold documents, markers and vectors against each other; with --milvus, what it serves too."""
-    if repair and milvus is None:
-        raise ConfigurationError("--repair repairs what Milvus holds: name it with --milvus URI")
     return anyio.run(_verify, Dataset.open(dataset), milvus, collection, repair, as_json)
 
 
@@ -45,6 +44,8 @@ async def _verify(dataset: Dataset, milvus: str | None, collection: str | None, 
         # Whoever looks may raise the shape: between two passes of a scheduler it lags behind what is committed.
         await to_thread.run_sync(dataset.publish_shape)
     report = await to_thread.run_sync(verify_dataset, dataset)
+    if repair:
+        report.set_aside = await to_thread.run_sync(_put_aside, dataset, report)
     target = await _verify_target(dataset, milvus, collection, repair=repair) if milvus and report.passed else None
     status = _status(report, target)
     if as_json:
@@ -74,6 +75,16 @@ async def _verify_target(dataset: Dataset, milvus: str, collection: str | None, 
         await target.aclose()
 
 
+def _put_aside(dataset: Dataset, report: DatasetReport) -> list[int]:
+    """Damaged shards that embedding again mends; nobody may be at work on the dataset meanwhile."""
+    shards = sorted({problem.shard for problem in report.problems if problem.shard is not None})
+    if shards:
+        with work_alone(dataset_folder(dataset)):
+            for shard in shards:
+                dataset.put_aside(shard)
+    return shards
+
+
 def _status(report: DatasetReport, target: TargetReport | None) -> int:
     if not report.passed or report.summary is None or (target is not None and not target.ok):
         return 4
@@ -99,7 +110,12 @@ def _print_dataset(dataset: Dataset, report: DatasetReport) -> None:
         click.echo(f"  ... and {len(report.problems) - _SHOWN_PROBLEMS:,} more; --json gives all")
     summary = report.summary
     if summary is None:
-        click.echo(f"{dataset.url}: {len(report.problems):,} differences found")
+        click.echo(f"{dataset.url}: differences found: {len(report.problems):,}")
+        if report.set_aside:
+            click.echo(f"put aside into {dataset.url}/damaged: shards {', '.join(map(str, report.set_aside))}; run the")
+            click.echo("same `embedmill run` again, which embeds them anew, and verify again")
+        elif any(problem.shard is not None for problem in report.problems):
+            click.echo("`embedmill verify --repair` puts damaged vectors aside, to be embedded again by the next run")
         return
     click.echo(
         f"{dataset.url}: {summary.admitted:,} accepted = {summary.embedded:,} embedded + {summary.failed:,} failed"

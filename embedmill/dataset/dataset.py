@@ -212,6 +212,19 @@ class Dataset:
             self.store.create(layout.commit_key(marker.shard), marker.to_bytes())
         return self._require_marker(marker.shard)
 
+    def put_aside(self, shard: int) -> None:
+        """Take a damaged shard's marker and vectors out of the way, into `damaged/`, so that it is owed again.
+
+        The marker goes first: from then on the shard counts as not embedded, wherever this is interrupted.
+        """
+        stamp = uuid.uuid4().hex[:8]
+        for key in (layout.commit_key(shard), layout.vectors_key(shard)):
+            data = self.store.read_or_none(key)
+            if data is not None:
+                self.store.create(f"damaged/{stamp}/{key}", data)
+                self.store.delete(key)
+        self._markers.pop(shard, None)
+
     def describe_object(self, key: str) -> StoredObject:
         """Size and checksum of an object as it is stored now."""
         return describe(self.store.read(key))

@@ -9,7 +9,7 @@ import fcntl
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,16 @@ from ..documents import Cursor
 from ..errors import StorageError
 from .passages import ShardOrigin
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS passages (
   id TEXT NOT NULL, version INTEGER NOT NULL, shard INTEGER NOT NULL, row INTEGER NOT NULL,
   text_hash BLOB, metadata_hash BLOB, deleted INTEGER NOT NULL, push INTEGER NOT NULL,
   PRIMARY KEY (id, version)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS pushes (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, name TEXT, cursor TEXT);
+CREATE TABLE IF NOT EXISTS pushes (
+  number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, name TEXT, cursor TEXT, shard INTEGER NOT NULL, row INTEGER NOT NULL
+);
 CREATE TABLE IF NOT EXISTS shards (shard INTEGER PRIMARY KEY, rows INTEGER NOT NULL, replaces INTEGER NOT NULL);
 """
 _COLUMNS = ("id", "version", "text_hash", "metadata_hash", "deleted")
@@ -133,6 +135,24 @@ class DatasetIndex:
         rows = self._execute("SELECT cursor FROM pushes WHERE key = ?", (push_key,))
         return Cursor(**json.loads(rows[0][0])) if rows and rows[0][0] is not None else None
 
+    def reading(self, push_key: str, *, beside: Collection[str] = ()) -> tuple[str, Cursor | None]:
+        """Under which key, and from where, a source is to be read now.
+
+        It goes on where the log left it, unless another push has written since: then what it says may be newer than what
+        the log holds, and it is read anew, under a key of that occasion. `beside`: keys that are read together with it.
+        """
+        known = self._execute(
+            "SELECT key, cursor, shard, row FROM pushes WHERE key = ? OR key LIKE ? ORDER BY shard DESC, row DESC LIMIT 1",
+            (push_key, f"{push_key}.%"),
+        )
+        if not known:
+            return push_key, None
+        key, cursor, shard, row = known[0]
+        later = self._execute("SELECT key FROM pushes WHERE shard > ? OR (shard = ? AND row > ?)", (shard, shard, row))
+        if any(other.partition(".")[0] not in beside for (other,) in later):
+            return f"{push_key}.{self.next_shard}", None
+        return key, Cursor(**json.loads(cursor))
+
     def newest_rows(self) -> Iterator[tuple[str, int, int, int]]:
         """(id, version, shard, row) of the highest version of every id, in the order of ids."""
         with self._explained():
@@ -150,9 +170,9 @@ class DatasetIndex:
         pushes = [0] * rows
         for source in origin.sources:
             self._execute(
-                "INSERT INTO pushes (key, name, cursor) VALUES (?, ?, ?)"
-                " ON CONFLICT (key) DO UPDATE SET cursor = excluded.cursor",
-                (source.push_key, source.name, json.dumps(source.cursor.as_dict())),
+                "INSERT INTO pushes (key, name, cursor, shard, row) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE"
+                " SET cursor = excluded.cursor, shard = excluded.shard, row = excluded.row",
+                (source.push_key, source.name, json.dumps(source.cursor.as_dict()), origin.shard, source.first_row),
             )
             number = self._execute("SELECT number FROM pushes WHERE key = ?", (source.push_key,))[0][0]
             pushes[source.first_row :] = [int(number)] * (rows - source.first_row)

@@ -17,19 +17,24 @@ from .summary import DatasetSummary, summarize
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it must be: the object that it concerns, and a sentence."""
+    """Something that is not as it must be: the object that it concerns, and a sentence.
+
+    shard: the shard that can be embedded again to mend it; None where that would not help.
+    """
 
     object: str
     text: str
+    shard: int | None = None
 
 
 @dataclass(slots=True)
 class DatasetReport:
-    """The result. `summary` is None when the log itself cannot be read."""
+    """The result. summary: None when there are problems; set_aside: shards that a repair took out, to be embedded again."""
 
     summary: DatasetSummary | None = None
     problems: list[Problem] = field(default_factory=list)
     bytes_read: int = 0
+    set_aside: list[int] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -41,6 +46,7 @@ class DatasetReport:
             "passages": self.summary.as_dict() if self.summary else None,
             "problems": [asdict(problem) for problem in self.problems],
             "bytes_read": self.bytes_read,
+            "set_aside": self.set_aside,
         }
 
 
@@ -118,7 +124,7 @@ def _check_vectors(dataset: Dataset, marker: Marker, report: DatasetReport) -> I
     try:
         values = dataset.vectors(marker.shard)
     except CorruptStore as error:
-        yield Problem(key, str(error))
+        yield Problem(key, str(error), marker.shard)
         return
     report.bytes_read += promised.bytes
     bad = embedded & ~(np.isfinite(values).all(axis=1) & values.any(axis=1))

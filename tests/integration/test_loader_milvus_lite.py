@@ -547,3 +547,17 @@ async def test_the_loader_service_loads_until_it_is_terminated(dataset: Dataset,
     assert "Traceback" not in complained
     async with open_target(uri, must_exist=True) as target:
         assert (await verify_target(dataset, target)).ok
+
+
+async def test_ids_with_quotes_backslashes_and_other_scripts_are_loaded_read_back_and_deleted(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    ids = ["a'b", 'a"b', "back\\slash", "\u65e5\u672c\u8a9e", "'", "\\", "x y", "%"]
+    async with open_target(str(tmp_path / "milvus.db"), collection="odd") as target:
+        await target.create(CollectionDescription.of_dataset(dataset.info))
+        rows = [{"id": id_, "vector": np.ones(8, np.float32), "text": "", "metadata": {}, "version": 1} for id_ in ids]
+        await target.upsert(rows)
+        await target.make_searchable()
+        assert set(await target.vectors(ids)) == set(ids)
+        await target.delete(ids[:4])
+        assert set(await target.versions()) == set(ids[4:])

@@ -265,3 +265,35 @@ def stored_objects(root: Path) -> dict[str, tuple[int, int]]:
         for path in root.rglob("*")
         if path.is_file() and path.relative_to(root).parts[0] not in passed_over
     }
+
+
+def test_a_source_that_another_has_overruled_since_is_read_again_and_wins_again(embedmill: Command) -> None:
+    for name, text in (("a", "One."), ("b", "Two.")):
+        write_jsonl(embedmill.folder / f"{name}.jsonl", [{"id": "x", "text": text}])
+    changed = [
+        embedmill("run", f"{name}.jsonl", "--to", "out", *NULL, "--json").record["documents"]["changed"]
+        for name in ("a", "b", "a", "a", "b")
+    ]
+    assert changed == [0, 1, 1, 0, 1]
+    newest = {id_: row.text for (id_, _), row in sorted(final_set(embedmill.folder / "out").items())}
+    assert newest == {"x": "Two."}
+    both = [
+        embedmill("run", "a.jsonl", "b.jsonl", "--to", "both", *NULL, "--json").record["documents"] for _ in range(2)
+    ]
+    assert [(d["new"], d["changed"]) for d in both] == [(1, 1), (0, 0)]
+
+
+def test_damaged_vectors_are_put_aside_by_a_repair_and_embedded_again_by_the_next_run(
+    embedmill: Command, texts: dict[str, str]
+) -> None:
+    source = write_source("jsonl", embedmill.folder, texts)
+    assert embedmill("run", source, "--to", "out", *NULL).status == 0
+    shard = embedmill.folder / "out/vectors.zarr/vectors/c/0/0"
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    found = embedmill("verify", "out")
+    assert (found.status, "verify --repair" in found.stdout) == (4, True)
+    assert embedmill("verify", "out", "--repair").status == 4
+    assert embedmill("verify", "out").status == 3
+    assert embedmill("run", source, "--to", "out", *NULL, "--json").record["now"]["embedded"] == len(texts)
+    assert embedmill("verify", "out").status == 0
+    check_dataset(embedmill.folder / "out", source=texts)

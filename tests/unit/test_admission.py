@@ -193,18 +193,18 @@ def test_reading_goes_on_where_the_log_says_and_a_new_push_starts_at_its_beginni
     killed = admitter_on(dataset)
     killed.admit("p", "p", records[:6])
     resumed = admitter_on(dataset)
-    assert resumed.resume_after("p") == Cursor(record=4)
-    assert resumed.resume_after("q") is None
+    assert resumed.reading("p")[1] == Cursor(record=4)
+    assert resumed.reading("q")[1] is None
     resumed.admit("p", "p", records[4:])
     resumed.close_shard()
     assert logged_ids(dataset.url) == [f"i{n}" for n in range(7)]
-    assert admitter_on(dataset).resume_after("p") == Cursor(record=7)
+    assert admitter_on(dataset).reading("p")[1] == Cursor(record=7)
 
 
 def test_the_cursor_passes_records_that_left_no_row(dataset: Dataset) -> None:
     push(dataset, "p", documents([("a", "1"), ("b", "1")]))
     push(dataset, "q", documents([("c", "1"), ("a", "1"), ("b", "1")]))
-    assert admitter_on(dataset).resume_after("q") == Cursor(record=3)
+    assert admitter_on(dataset).reading("q")[1] == Cursor(record=3)
 
 
 def test_reading_a_logged_push_again_from_its_beginning_changes_nothing(dataset: Dataset) -> None:
@@ -252,7 +252,7 @@ def test_a_full_disk_loses_nothing_that_a_resumed_admitter_does_not_read_again(
         with pytest.raises(StorageError):
             admitter.admit("p", "p", records)
     resumed = admitter_on(dataset)
-    assert resumed.resume_after("p") is None
+    assert resumed.reading("p")[1] is None
     push(dataset, "p", records)
     assert logged_ids(dataset.url) == [f"i{n}" for n in range(6)]
 
@@ -261,7 +261,7 @@ def read_push(dataset: Dataset, key: str, records: Sequence[SourceDocument], *, 
     """One process' part: an admitter that reads a push in blocks; its shards."""
     admitter = admitter_on(dataset)
     shards = []
-    after = admitter.resume_after(key)
+    after = admitter.reading(key)[1]
     left = [record for record in records if after is None or record.cursor > after]
     for start in range(0, len(left), block):
         shards += [task.shard for task in admitter.admit(key, key, left[start : start + block]).tasks]
