@@ -20,9 +20,8 @@ from typing import Literal, Protocol
 
 import anyio
 
+from embedmill.connection import Connection, key_prefix
 from embedmill.errors import Overloaded, RateLimited, RequestTooLarge
-
-from .connection import Connection, key_prefix
 
 log = logging.getLogger("embedmill.budget")
 
@@ -144,7 +143,9 @@ class Budget:
             await anyio.sleep(self._holder_s / 4)
             if self._held:
                 try:
-                    await self._connection.script("keep", self._keys[1:2], [self._holder_s * 1000, *self._held])
+                    await self._connection.script(
+                        "scheduler/keep", self._keys[1:2], [self._holder_s * 1000, *self._held]
+                    )
                 except Overloaded as error:
                     log.warning("permits were not kept: %s", error)
 
@@ -174,7 +175,7 @@ class Budget:
         async with self._turn:
             while True:
                 self._permit_back = anyio.Event()
-                granted, wait_ms, *rest = await self._connection.script("reserve", self._keys, args)
+                granted, wait_ms, *rest = await self._connection.script("scheduler/reserve", self._keys, args)
                 if granted < 0:
                     raise RequestTooLarge(
                         f"a request of about {grant.est_tokens} tokens can never be sent: this key may send {wait_ms} per"
@@ -208,7 +209,7 @@ class Budget:
             self._window_ms,
         ]
         try:
-            _, gate_ms = await self._connection.script("settle", self._keys, args)
+            _, gate_ms = await self._connection.script("scheduler/settle", self._keys, args)
         except Overloaded:
             # The permit comes back when the holder expires, and the estimate stays charged: safe, only slower.
             log.warning("could not settle a request's budget; its permit comes back by itself")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .connection import FAKE_URL
+from embedmill.connection import FAKE_URL
 
 _PREFIX = "embedmill-queue-"
 _START_S = 10.0

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from embedmill.connection import Connection, key_prefix
 from embedmill.messages import Announcement, DeadLetter, Lane, Task
-
-from .connection import Connection, key_prefix
 
 _BLOCK = 200
 
@@ -59,13 +58,13 @@ class Queue:
         for lane, members in by_lane.items():
             for start in range(0, len(members), _BLOCK):
                 parts = [part for task in members[start : start + _BLOCK] for part in (task.id, task.to_json())]
-                added += int(await self._connection.script("enqueue", [self._prefix], [lane, *parts]))
+                added += int(await self._connection.script("scheduler/enqueue", [self._prefix], [lane, *parts]))
         return added
 
     async def lease(self, owner: str, *, count: int = 1) -> list[Lease]:
         """Take up to `count` tasks; expired leases of dead workers come first."""
         arguments = [owner, int(self.lease_s * 1000), count]
-        reply = await self._connection.script("lease", [self._prefix], arguments)
+        reply = await self._connection.script("scheduler/lease", [self._prefix], arguments)
         return [
             Lease(Task.from_json(payload), str(epoch), int(deliveries), int(attempts))
             for _, payload, epoch, deliveries, attempts in reply
@@ -75,40 +74,44 @@ class Queue:
         """Keep leases alive; ids of those that are lost. `progressed`: ids of tasks whose checkpoint grew."""
         grown = set(progressed)
         triples = [part for held in leases for part in (held.task.id, held.epoch, int(held.task.id in grown))]
-        return set(await self._connection.script("extend", [self._prefix], [int(self.lease_s * 1000), *triples]))
+        return set(
+            await self._connection.script("scheduler/extend", [self._prefix], [int(self.lease_s * 1000), *triples])
+        )
 
     async def finish(self, task: Task, *, dead: Sequence[DeadLetter] = ()) -> bool:
         """The shard has its marker: ack, announce and keep its dead letters. False when that was done before."""
         announcement = Announcement(task.dataset, task.dataset_id, task.shard)
         letters = [part for letter in dead for part in (letter.key, letter.to_json())]
         return bool(
-            await self._connection.script("finish", [self._prefix], [task.id, announcement.to_json(), *letters])
+            await self._connection.script(
+                "scheduler/finish", [self._prefix], [task.id, announcement.to_json(), *letters]
+            )
         )
 
     async def drop(self, lease: Lease) -> bool:
         """Forget a task that is about nothing. False when the lease is lost."""
-        return bool(await self._connection.script("drop", [self._prefix], [lease.task.id, lease.epoch]))
+        return bool(await self._connection.script("scheduler/drop", [self._prefix], [lease.task.id, lease.epoch]))
 
     async def unknown(self, ids: Sequence[str]) -> list[str]:
         """Which of these tasks the queue does not have."""
-        return list(await self._connection.script("unknown", [self._prefix], ids)) if ids else []
+        return list(await self._connection.script("scheduler/unknown", [self._prefix], ids)) if ids else []
 
     async def release(self, lease: Lease) -> bool:
         """Hand back at once, as if it had never been taken. False when the lease is lost."""
         arguments = [lease.task.id, lease.epoch, 0, 0]
-        return bool(await self._connection.script("give_back", [self._prefix], arguments))
+        return bool(await self._connection.script("scheduler/give_back", [self._prefix], arguments))
 
     async def retry(self, lease: Lease, *, delay_s: float) -> bool:
         """Hand back for later, counting an attempt. False when the lease is lost."""
         arguments = [lease.task.id, lease.epoch, max(1, int(delay_s * 1000)), 1]
-        return bool(await self._connection.script("give_back", [self._prefix], arguments))
+        return bool(await self._connection.script("scheduler/give_back", [self._prefix], arguments))
 
     async def depth(self) -> Depth:
-        return Depth(*(int(count) for count in await self._connection.script("depth", [self._prefix])))
+        return Depth(*(int(count) for count in await self._connection.script("scheduler/depth", [self._prefix])))
 
     async def clear(self) -> int:
         """Forget every task, lease and dead letter: for a queue with one owner, which rebuilds it from the dataset."""
-        return int(await self._connection.script("clear", [self._prefix]))
+        return int(await self._connection.script("scheduler/clear", [self._prefix]))
 
     async def wait_for_work(self, after: str, *, timeout_s: float) -> str:
         """Sleep until tasks were added after the wake-up `after` (start with "0"), at most `timeout_s`."""

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from embedmill.connection import Connection
 from scheduler.budget import Budget, RequestBudget, Unlimited, key_id
-from scheduler.connection import Connection
 from worker.embedders.jina import API_BASE, JinaEmbedder, key_from_environment
 
 from ..embedder import Embedder

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
+from embedmill.connection import Connection
 from scheduler.admission import AdmissionCounts, Admitter
 from scheduler.budget import RequestBudget
-from scheduler.connection import Connection
 from scheduler.embedded import embedded_server
 from scheduler.intake import Intake
 from scheduler.queue import Queue

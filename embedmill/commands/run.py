@@ -14,9 +14,9 @@ import anyio
 import click
 from anyio import to_thread
 
+from embedmill.connection import Connection
 from scheduler.admission import Admitter
 from scheduler.budget import RequestBudget
-from scheduler.connection import Connection
 from scheduler.intake import Intake
 from scheduler.queue import Queue
 from worker.attempts import embed_batch

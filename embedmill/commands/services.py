@@ -12,7 +12,7 @@ import anyio
 import click
 from anyio import to_thread
 
-from scheduler.connection import Connection
+from embedmill.connection import Connection
 from scheduler.queue import Queue
 from scheduler.service import check_durability, run_scheduler
 from worker.service import Worker

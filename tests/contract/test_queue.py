@@ -18,9 +18,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
+from embedmill.connection import FAKE_URL, Connection
 from embedmill.errors import ConfigurationError, Overloaded
 from embedmill.messages import DeadLetter, Lane, Task
-from scheduler.connection import FAKE_URL, Connection
 from scheduler.queue import Depth, Lease, Queue
 
 LEASE_S = 30.0
@@ -179,7 +179,7 @@ async def test_a_faulty_script_is_noticed(bench: Bench, fault: Fault) -> None:
     assert source.count(fault.text) == 1
     connection = bench.connection
     faulty = connection._commands.register_script(source.replace(fault.text, fault.replacement))
-    connection._scripts[fault.script] = faulty
+    connection._scripts[f"scheduler/{fault.script}"] = faulty
     with pytest.raises(AssertionError):
         await fault.noticed_by(bench)
 

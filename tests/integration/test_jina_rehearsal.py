@@ -12,6 +12,7 @@ import anyio
 import numpy as np
 import pytest
 
+from embedmill.connection import FAKE_URL, Connection
 from embedmill.errors import (
     ConfigurationError,
     InputRejected,
@@ -24,7 +25,6 @@ from embedmill.errors import (
 from embedmill.models import MODELS
 from embedmill.rehearsal import Rehearsal, pretend_tokens, pretend_vector, serve_rehearsal
 from scheduler.budget import Budget, Unlimited
-from scheduler.connection import FAKE_URL, Connection
 from worker.attempts import RetryPolicy, embed_batch
 from worker.embedders.jina import JinaEmbedder
 

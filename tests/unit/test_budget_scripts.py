@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from embedmill.connection import FAKE_URL, Connection
 from embedmill.errors import RateLimited
 from scheduler.budget import Budget, Grant, key_id
-from scheduler.connection import FAKE_URL, Connection
 
 
 class Clock:
@@ -45,7 +45,7 @@ class Asker:
         grant = Grant(est_tokens, op=op) if op else Grant(est_tokens)
         budget = self.budget
         args = [grant.op, est_tokens, *budget._limits.values(), *budget._times_ms]
-        status, wait_ms, *rest = await self.connection.script("reserve", budget._keys, args)
+        status, wait_ms, *rest = await self.connection.script("scheduler/reserve", budget._keys, args)
         return status, wait_ms / 1000, rest, grant
 
     async def settle(self, grant, actual_tokens=None, refusal=None, outcome="unknown"):
@@ -193,7 +193,7 @@ async def test_a_holder_that_says_that_it_lives_keeps_its_permit(clock, connecti
     _, _, _, grant = await asker.reserve()
     for _ in range(5):
         clock.now_s += 15
-        assert await connection.script("keep", asker.budget._keys[1:2], [20_000, grant.op, "unknown"]) == 1
+        assert await connection.script("scheduler/keep", asker.budget._keys[1:2], [20_000, grant.op, "unknown"]) == 1
         assert (await asker.reserve())[0] == 0
     clock.now_s += 21
     assert (await asker.reserve())[0] == 1

@@ -22,7 +22,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from embedmill.errors import ConfigurationError, Overloaded
+from .errors import ConfigurationError, Overloaded
 
 KEY_VERSION = "1"
 FAKE_URL = "fake://"
@@ -57,10 +57,12 @@ class Connection:
         return without_password(self.url)
 
     async def script(self, name: str, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
-        """Run `scheduler/scripts/NAME.lua`. Raises Overloaded when the server stays away longer than `retry_for_s`."""
+        """Run `FOLDER/scripts/NAME.lua`, `name` being `FOLDER/NAME`.
+
+        Raises Overloaded when the server stays away longer than `retry_for_s`.
+        """
         if name not in self._scripts:
-            text = resources.files("scheduler").joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")
-            self._scripts[name] = self._commands.register_script(text)
+            self._scripts[name] = self._commands.register_script(_script_text(name))
         return await self._patiently(self._scripts[name], list(keys), list(args))
 
     async def command(self, *parts: str | int | float) -> Any:
@@ -154,6 +156,11 @@ def _fake_clients() -> tuple[aioredis.Redis, aioredis.Redis]:
     server = fakeredis.FakeServer()
     options: dict[str, Any] = {"server": server, "decode_responses": True, "protocol": 2}
     return fakeredis.FakeAsyncRedis(**options), fakeredis.FakeAsyncRedis(**options)
+
+
+def _script_text(name: str) -> str:
+    folder, _, stem = name.partition("/")
+    return resources.files(folder).joinpath(f"scripts/{stem}.lua").read_text(encoding="utf-8")
 
 
 def _reason(error: BaseException) -> str:
