@@ -13,9 +13,14 @@ Lane = Literal["live", "bulk"]
 LANES: tuple[Lane, ...] = ("live", "bulk")
 
 
+def job_key(dataset_id: str, job: str) -> str:
+    """A job by its name in its dataset."""
+    return f"{dataset_id}:{job}"
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Embed one admitted shard. `dataset` is where the worker opens it; `text_bytes` is for fairness and estimates."""
+    """Embed one admitted shard. `dataset` is where the worker opens it, `fingerprint` whose vectors it takes."""
 
     dataset: str
     dataset_id: str
@@ -24,11 +29,21 @@ class Task:
     rows: int
     text_bytes: int
     lane: Lane = "bulk"
+    fingerprint: str = ""
 
     @property
     def id(self) -> str:
         """One task per shard, whoever enqueues it."""
         return f"{self.dataset_id}:{self.shard}"
+
+    @property
+    def job_key(self) -> str:
+        return job_key(self.dataset_id, self.job)
+
+    @property
+    def cost(self) -> int:
+        """Estimated tokens, by which jobs take turns."""
+        return max(1, self.text_bytes // 4)
 
     def to_json(self) -> str:
         return json.dumps({"v": WIRE_VERSION, **asdict(self)}, ensure_ascii=False)

@@ -1,4 +1,5 @@
-"""The queue of shard tasks: lanes, fenced leases, delayed retries, dead letters. Redis decides every step, by its own clock.
+"""The queue of shard tasks: lanes, turns, fenced leases, delayed retries, dead letters. Redis decides every step, by its own
+clock.
 
 A lease is known by its epoch, which grows with every lease: an earlier holder can neither extend nor hand back a later one.
 The queue is disposable; the dataset is the truth, and `reconcile` rebuilds one from the other.
@@ -6,13 +7,17 @@ The queue is disposable; the dataset is the truth, and `reconcile` rebuilds one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from embedmill.connection import Connection, key_prefix
-from embedmill.messages import Announcement, DeadLetter, Lane, Task
+from embedmill.messages import Announcement, DeadLetter, Task, job_key
 
 _BLOCK = 200
+_BULK_PATIENCE_S = 10.0
+_SILENCE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,14 @@ class Lease:
     epoch: str
     deliveries: int
     attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """Ids of tasks whose lease is lost, and of those that are ours and whose job is paused."""
+
+    lost: frozenset[str] = frozenset()
+    halted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,78 +53,156 @@ class Depth:
         return self.ready_live + self.ready_bulk + self.leased + self.delayed
 
 
+@dataclass(frozen=True, slots=True)
+class JobDepth:
+    """What one job has in the queue. rows, tokens (estimated): of all its tasks; oldest_s: age of its oldest ready task."""
+
+    dataset_id: str
+    job: str
+    dataset: str
+    lane: str
+    fingerprint: str
+    paused: bool
+    ready: int
+    leased: int
+    delayed: int
+    rows: int
+    tokens: int
+    oldest_s: float
+    dead: int
+
+    @property
+    def tasks(self) -> int:
+        return self.ready + self.leased + self.delayed
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a worker last said of itself, and how long ago."""
+
+    owner: str
+    record: Mapping[str, Any]
+    age_s: float
+
+
 class Queue:
     """The queue of one namespace. Every method is atomic and may be repeated without harm, but for `lease`: a lease whose
-    reply was lost comes back when it expires."""
+    reply was lost comes back when it expires.
 
-    def __init__(self, connection: Connection, *, namespace: str = "default", lease_s: float = 30.0) -> None:
+    bulk_patience_s: bulk is served at least this often, however much live there is.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        namespace: str = "default",
+        lease_s: float = 30.0,
+        bulk_patience_s: float = _BULK_PATIENCE_S,
+    ) -> None:
         self._connection = connection
         self._prefix = key_prefix(namespace)
+        self._bulk_patience_ms = int(bulk_patience_s * 1000)
         self.lease_s = lease_s
 
     async def enqueue(self, tasks: Iterable[Task]) -> int:
         """Add tasks that are not yet known; how many were added."""
-        added = 0
-        by_lane: dict[Lane, list[Task]] = {}
+        by_job: dict[tuple[str, ...], list[Task]] = {}
         for task in tasks:
-            by_lane.setdefault(task.lane, []).append(task)
-        for lane, members in by_lane.items():
+            by_job.setdefault((task.job_key, task.dataset, task.lane, task.fingerprint), []).append(task)
+        added = 0
+        for members in by_job.values():
             for start in range(0, len(members), _BLOCK):
-                parts = [part for task in members[start : start + _BLOCK] for part in (task.id, task.to_json())]
-                added += int(await self._connection.script("scheduler/enqueue", [self._prefix], [lane, *parts]))
+                added += int(await self._script("enqueue", enqueue_arguments(members[start : start + _BLOCK])))
         return added
 
-    async def lease(self, owner: str, *, count: int = 1) -> list[Lease]:
-        """Take up to `count` tasks; expired leases of dead workers come first."""
-        arguments = [owner, int(self.lease_s * 1000), count]
-        reply = await self._connection.script("scheduler/lease", [self._prefix], arguments)
+    async def lease(self, owner: str, *, count: int = 1, fingerprint: str = "") -> list[Lease]:
+        """Take up to `count` tasks of an embedder (of any, without a fingerprint).
+
+        Expired leases of dead workers come first.
+        """
+        arguments = [owner, int(self.lease_s * 1000), count, fingerprint, self._bulk_patience_ms]
+        reply = await self._script("lease", arguments)
         return [
             Lease(Task.from_json(payload), str(epoch), int(deliveries), int(attempts))
             for _, payload, epoch, deliveries, attempts in reply
         ]
 
-    async def extend(self, leases: Sequence[Lease], *, progressed: Iterable[str] = ()) -> set[str]:
-        """Keep leases alive; ids of those that are lost. `progressed`: ids of tasks whose checkpoint grew."""
+    async def extend(self, leases: Sequence[Lease], *, progressed: Iterable[str] = ()) -> Extended:
+        """Keep leases alive. `progressed`: ids of tasks whose checkpoint grew."""
         grown = set(progressed)
         triples = [part for held in leases for part in (held.task.id, held.epoch, int(held.task.id in grown))]
-        return set(
-            await self._connection.script("scheduler/extend", [self._prefix], [int(self.lease_s * 1000), *triples])
-        )
+        lost, halted = await self._script("extend", [int(self.lease_s * 1000), *triples])
+        return Extended(frozenset(lost), frozenset(halted))
 
     async def finish(self, task: Task, *, dead: Sequence[DeadLetter] = ()) -> bool:
         """The shard has its marker: ack, announce and keep its dead letters. False when that was done before."""
         announcement = Announcement(task.dataset, task.dataset_id, task.shard)
         letters = [part for letter in dead for part in (letter.key, letter.to_json())]
-        return bool(
-            await self._connection.script(
-                "scheduler/finish", [self._prefix], [task.id, announcement.to_json(), *letters]
-            )
-        )
+        return bool(await self._script("finish", [task.id, task.job_key, announcement.to_json(), *letters]))
 
     async def drop(self, lease: Lease) -> bool:
         """Forget a task that is about nothing. False when the lease is lost."""
-        return bool(await self._connection.script("scheduler/drop", [self._prefix], [lease.task.id, lease.epoch]))
+        return bool(await self._script("drop", [lease.task.id, lease.epoch]))
 
     async def unknown(self, ids: Sequence[str]) -> list[str]:
         """Which of these tasks the queue does not have."""
-        return list(await self._connection.script("scheduler/unknown", [self._prefix], ids)) if ids else []
+        return list(await self._script("unknown", list(ids))) if ids else []
 
     async def release(self, lease: Lease) -> bool:
         """Hand back at once, as if it had never been taken. False when the lease is lost."""
-        arguments = [lease.task.id, lease.epoch, 0, 0]
-        return bool(await self._connection.script("scheduler/give_back", [self._prefix], arguments))
+        return bool(await self._script("give_back", [lease.task.id, lease.epoch, 0, 0]))
 
-    async def retry(self, lease: Lease, *, delay_s: float) -> bool:
-        """Hand back for later, counting an attempt. False when the lease is lost."""
-        arguments = [lease.task.id, lease.epoch, max(1, int(delay_s * 1000)), 1]
-        return bool(await self._connection.script("scheduler/give_back", [self._prefix], arguments))
+    async def retry(self, lease: Lease, *, delay_s: float, counted: bool = True) -> bool:
+        """Hand back for later; not counted: what was not tried spends no attempt. False when the lease is lost."""
+        arguments = [lease.task.id, lease.epoch, max(1, int(delay_s * 1000)), int(counted)]
+        return bool(await self._script("give_back", arguments))
+
+    async def pause(self, dataset_id: str, job: str) -> bool:
+        """Hand out no more tasks of a job; who holds one is told when extending. False when that was so already."""
+        return bool(await self._script("pause", [job_key(dataset_id, job), 1]))
+
+    async def resume(self, dataset_id: str, job: str) -> bool:
+        """Undo `pause`."""
+        return bool(await self._script("pause", [job_key(dataset_id, job), 0]))
+
+    async def forget(self, dataset_id: str, job: str) -> int:
+        """Remove a job with all its tasks, whose holders lose their leases; how many there were."""
+        return int(await self._script("forget", [job_key(dataset_id, job), 0]))
+
+    async def forget_idle(self, dataset_id: str, job: str, *, idle_s: float) -> bool:
+        """Remove the record and the dead letters of a job that has had no task for so long; False when it has not."""
+        return int(await self._script("forget", [job_key(dataset_id, job), max(1, int(idle_s * 1000))])) >= 0
 
     async def depth(self) -> Depth:
-        return Depth(*(int(count) for count in await self._connection.script("scheduler/depth", [self._prefix])))
+        return Depth(*(int(count) for count in await self._script("depth")))
+
+    async def jobs(self) -> list[JobDepth]:
+        """Every job that the queue knows, by dataset and name."""
+        found = []
+        for key, dataset, lane, fingerprint, paused, *counts, age_ms, dead in await self._script("jobs"):
+            dataset_id, _, job = str(key).partition(":")
+            ready, leased, delayed, rows, tokens = map(int, counts)
+            found.append(
+                JobDepth(
+                    dataset_id, job, dataset, lane, fingerprint, paused == "1",
+                    ready, leased, delayed, rows, tokens, int(age_ms) / 1000, int(dead),
+                )
+            )  # fmt: skip
+        return sorted(found, key=lambda job: (job.dataset, job.job))
+
+    async def report(self, owner: str, record: Mapping[str, Any] | None) -> None:
+        """A worker says what it has done so far, or (None) that it ends. Who is silent for five minutes is forgotten."""
+        text = "" if record is None else json.dumps(record, ensure_ascii=False)
+        await self._script("report", [owner, text, int(_SILENCE_S * 1000)])
+
+    async def workers(self) -> list[WorkerReport]:
+        reply = await self._script("workers")
+        return [WorkerReport(str(owner), json.loads(record), int(age_ms) / 1000) for owner, record, age_ms in reply]
 
     async def clear(self) -> int:
         """Forget every task, lease and dead letter: for a queue with one owner, which rebuilds it from the dataset."""
-        return int(await self._connection.script("scheduler/clear", [self._prefix]))
+        return int(await self._script("clear"))
 
     async def wait_for_work(self, after: str, *, timeout_s: float) -> str:
         """Sleep until tasks were added after the wake-up `after` (start with "0"), at most `timeout_s`."""
@@ -120,3 +211,15 @@ class Queue:
     async def wait_for_announcement(self, after: str, *, timeout_s: float) -> str:
         """The same for committed shards."""
         return await self._connection.wait_for_entry(f"{self._prefix}:announced", after, timeout_s=timeout_s)
+
+    async def _script(self, name: str, arguments: Sequence[object] = ()) -> Any:
+        return await self._connection.script(f"scheduler/{name}", [self._prefix], arguments)
+
+
+def enqueue_arguments(tasks: Sequence[Task]) -> list[str | int]:
+    """What `add_tasks` in scripts/adding.lua takes: tasks of one job, one dataset, one lane."""
+    first = tasks[0]
+    arguments: list[str | int] = [first.job_key, first.dataset, first.lane, first.fingerprint, len(tasks)]
+    for task in tasks:
+        arguments += [task.id, task.to_json(), task.cost, task.rows]
+    return arguments

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 import click
 
+from .. import failpoints
 from ..errors import ConfigurationError
+from ..sources import Chunking
 
 DEFAULT_MODEL = "local/minilm"
 CONFIG_NAME = "embedmill.toml"
 _PREFIX = "EMBEDMILL_"
-_OTHER_VARIABLES = {"EMBEDMILL_CONFIG", "EMBEDMILL_MINILM_PATH"}
+_OTHER_VARIABLES = {"EMBEDMILL_CONFIG", "EMBEDMILL_MINILM_PATH", failpoints.VARIABLE}
 # What Kubernetes sets in every pod for a Service named embedmill-something.
 _KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -39,7 +41,23 @@ _SHARED: dict[str, dict[str, Any]] = {
         "show_default": True,
         "help": "Fields that make the text, with commas between.",
     },
-    "id_field": {"metavar": "NAME", "help": "Field of the id; else `id`, else `_id`, else FILE:LINE."},
+    "id_field": {
+        "metavar": "NAME",
+        "help": "Field of the id; else `id`, else `_id`, else FILE:LINE, which changes when lines are inserted above.",
+    },
+    "chunk": {
+        "type": click.IntRange(min=1),
+        "metavar": "N",
+        "help": "Split texts into passages of at most N characters, with the ids ID#0, ID#1, ...",
+    },
+    "chunk_overlap": {
+        "type": click.IntRange(min=0),
+        "metavar": "M",
+        "default": 0,
+        "show_default": True,
+        "help": "Characters that a passage may repeat of the one before.",
+    },
+    "strict": {"is_flag": True, "help": "End at the first record that cannot be a document, instead of listing it."},
     "redis": {"metavar": "URL", "help": "A Redis or Valkey server, 7.0 or newer; `run` brings its own."},
     "namespace": {"default": "default", "show_default": True, "help": "Prefix that separates queues on one server."},
     "milvus": {"metavar": "URI", "help": "A path for Milvus Lite, or http(s)://HOST:PORT; token in MILVUS_TOKEN."},
@@ -95,12 +113,22 @@ def check_environment(environment: Mapping[str, str]) -> None:
     for variable in environment:
         if variable.startswith(_PREFIX) and variable not in known:
             raise ConfigurationError(f"the environment sets {variable}, which is no setting{_near(variable, known)}")
+    failpoints.parse_plan(environment.get(failpoints.VARIABLE, ""))
 
 
 def check_job_name(job: str) -> None:
     """Raises ConfigurationError for a name that cannot be a file's."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", job):
         raise ConfigurationError(f"--job {job!r}: use letters, digits, dots, dashes and underscores")
+
+
+def make_chunking(options: Mapping[str, Any]) -> Chunking | None:
+    """What `--chunk` and `--chunk-overlap` say. Raises ConfigurationError."""
+    if options["chunk"] is None:
+        if options["chunk_overlap"]:
+            raise ConfigurationError("--chunk-overlap needs --chunk N")
+        return None
+    return Chunking(options["chunk"], options["chunk_overlap"])
 
 
 def split_names(names: str) -> tuple[str, ...]:

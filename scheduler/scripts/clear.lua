@@ -1,13 +1,20 @@
 -- Forget everything of a namespace that nobody else uses.
+-- include: turns
 -- KEYS[1]  prefix of the namespace
 -- reply    how many tasks were forgotten
-local prefix = KEYS[1]
 local forgotten = 0
-for _, place in ipairs({ ':ready:live', ':ready:bulk', ':leased', ':delayed' }) do
-  for _, id in ipairs(redis.call('ZRANGE', prefix .. place, 0, -1)) do
-    forgotten = forgotten + redis.call('DEL', prefix .. ':task:' .. id)
+for _, place in ipairs({ leased, delayed }) do
+  for _, id in ipairs(redis.call('ZRANGE', place, 0, -1)) do
+    forgotten = forgotten + redis.call('DEL', task_key(id))
   end
-  redis.call('DEL', prefix .. place)
 end
-redis.call('DEL', prefix .. ':meta', prefix .. ':wake', prefix .. ':announced', prefix .. ':dead')
+for _, job in ipairs(redis.call('SMEMBERS', prefix .. ':jobs')) do
+  for _, id in ipairs(redis.call('ZRANGE', ready_key(job), 0, -1)) do
+    forgotten = forgotten + redis.call('DEL', task_key(id))
+  end
+  leave_turns(job)
+  redis.call('DEL', ready_key(job), job_key(job), prefix .. ':dead:' .. job)
+end
+redis.call('DEL', leased, delayed, meta, prefix .. ':jobs', prefix .. ':pools', prefix .. ':wake', prefix .. ':announced',
+  prefix .. ':workers', prefix .. ':seen')
 return forgotten

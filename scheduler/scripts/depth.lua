@@ -1,11 +1,13 @@
 -- How much is where.
+-- include: turns
 -- KEYS[1]  prefix of the namespace
 -- reply    ready live, ready bulk, leased, delayed, dead letters
-local prefix = KEYS[1]
-return {
-  redis.call('ZCARD', prefix .. ':ready:live'),
-  redis.call('ZCARD', prefix .. ':ready:bulk'),
-  redis.call('ZCARD', prefix .. ':leased'),
-  redis.call('ZCARD', prefix .. ':delayed'),
-  redis.call('HLEN', prefix .. ':dead'),
-}
+local ready, dead = { live = 0, bulk = 0 }, 0
+for _, job in ipairs(redis.call('SMEMBERS', prefix .. ':jobs')) do
+  local lane = redis.call('HGET', job_key(job), 'lane')
+  if lane then
+    ready[lane] = ready[lane] + redis.call('ZCARD', ready_key(job))
+  end
+  dead = dead + redis.call('HLEN', prefix .. ':dead:' .. job)
+end
+return { ready.live, ready.bulk, redis.call('ZCARD', leased), redis.call('ZCARD', delayed), dead }

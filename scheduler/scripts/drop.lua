@@ -1,11 +1,10 @@
 -- Forget a leased task.
+-- include: turns
 -- KEYS[1]  prefix of the namespace
 -- ARGV     id, epoch
 -- reply    1, or 0 when the lease is lost
-local prefix, id = KEYS[1], ARGV[1]
-if redis.call('HGET', prefix .. ':task:' .. id, 'epoch') ~= ARGV[2] then
+if redis.call('HGET', task_key(ARGV[1]), 'epoch') ~= ARGV[2] then
   return 0
 end
-redis.call('DEL', prefix .. ':task:' .. id)
-redis.call('ZREM', prefix .. ':leased', id)
+remove(ARGV[1])
 return 1

@@ -1,20 +1,23 @@
 -- Keep leases alive.
+-- include: turns
 -- KEYS[1]  prefix of the namespace
 -- ARGV     lease in ms, then id, epoch and progress (1 when the checkpoint grew) of each lease
--- reply    ids of the leases that are lost: taken by somebody else, or finished
-local prefix, lease_ms = KEYS[1], tonumber(ARGV[1])
-local time = redis.call('TIME')
-local until_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) + lease_ms
-local lost = {}
+-- reply    ids of the leases that are lost (taken by somebody else, finished or forgotten), ids of those whose job is paused
+local until_ms = now_ms + tonumber(ARGV[1])
+local lost, halted = {}, {}
 for i = 2, #ARGV, 3 do
-  local key = prefix .. ':task:' .. ARGV[i]
-  if redis.call('HGET', key, 'epoch') == ARGV[i + 1] and redis.call('ZSCORE', prefix .. ':leased', ARGV[i]) then
-    redis.call('ZADD', prefix .. ':leased', until_ms, ARGV[i])
+  local id = ARGV[i]
+  local task = redis.call('HMGET', task_key(id), 'epoch', 'job')
+  if task[1] == ARGV[i + 1] and redis.call('ZSCORE', leased, id) then
+    redis.call('ZADD', leased, until_ms, id)
     if ARGV[i + 2] == '1' then
-      redis.call('HSET', key, 'deliveries', 0)
+      redis.call('HSET', task_key(id), 'deliveries', 0)
+    end
+    if redis.call('HGET', job_key(task[2]), 'paused') == '1' then
+      halted[#halted + 1] = id
     end
   else
-    lost[#lost + 1] = ARGV[i]
+    lost[#lost + 1] = id
   end
 end
-return lost
+return { lost, halted }

@@ -1,54 +1,81 @@
--- Take tasks: expired leases come back first, due retries next, then the lanes, live before bulk and bulk first in every ninth turn.
+-- Take tasks. Expired leases come back first, then retries that are due. Live goes before bulk, but for every ninth turn and
+-- whenever bulk was not served for a while; within a lane the job that was served the fewest tokens is next.
+-- include: turns
 -- KEYS[1]  prefix of the namespace
--- ARGV     owner, lease in ms, how many at most
+-- ARGV     owner, lease in ms, how many at most, fingerprint of the embedder (empty: any), patience of bulk in ms
 -- reply    a list of {id, payload, epoch, deliveries, attempts}
 -- The epoch grows with every lease and survives a Redis that lost its last seconds (microseconds of its clock), so an
 -- earlier holder can never pass for the present one.
-local prefix, owner, lease_ms, wanted = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local time = redis.call('TIME')
-local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-local meta, leased, delayed = prefix .. ':meta', prefix .. ':leased', prefix .. ':delayed'
+local owner, lease_ms, wanted, mine = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local patience_ms = tonumber(ARGV[5])
 
 local function back(from)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', from, '-inf', now_ms, 'LIMIT', 0, 100)) do
     redis.call('ZREM', from, id)
-    local task = redis.call('HMGET', prefix .. ':task:' .. id, 'lane', 'position')
-    if task[1] then
-      redis.call('ZADD', prefix .. ':ready:' .. task[1], task[2], id)
-    end
+    make_ready(id)
   end
 end
 back(leased)
 back(delayed)
+redis.call('HSETNX', meta, 'bulk_served', now_ms)
+
+local pools = { mine }
+if mine == '' then
+  pools = redis.call('SMEMBERS', prefix .. ':pools')
+end
+
+-- The job whose turn it is in a lane, the pool that it is in, and what it was served.
+local function next_job(lane)
+  local job, pool, served
+  for _, fingerprint in ipairs(pools) do
+    local head = redis.call('ZRANGE', turns_key(lane, fingerprint), 0, 0, 'WITHSCORES')
+    if head[1] and (not job or tonumber(head[2]) < served) then
+      job, pool, served = head[1], fingerprint, tonumber(head[2])
+    end
+  end
+  return job, pool, served
+end
 
 local function next_id()
-  local turn = redis.call('HINCRBY', meta, 'turn', 1)
-  local order = (turn % 9 == 0) and { 'bulk', 'live' } or { 'live', 'bulk' }
+  local turn = tonumber(redis.call('HGET', meta, 'turn') or '0') + 1
+  local bulk_waits = now_ms - tonumber(redis.call('HGET', meta, 'bulk_served')) >= patience_ms
+  local order = (turn % 9 == 0 or bulk_waits) and { 'bulk', 'live' } or { 'live', 'bulk' }
   for _, lane in ipairs(order) do
-    local popped = redis.call('ZPOPMIN', prefix .. ':ready:' .. lane)
-    if popped[1] then
-      return popped[1]
+    local job, pool, served = next_job(lane)
+    if job then
+      local id = redis.call('ZPOPMIN', ready_key(job))[1]
+      served = served + tonumber(redis.call('HGET', task_key(id), 'cost') or '0')
+      redis.call('HSET', job_key(job), 'served', string.format('%.0f', served))
+      redis.call('HSET', meta, 'turn', turn, clock(lane, pool), redis.call('ZSCORE', turns_key(lane, pool), job))
+      if lane == 'bulk' then
+        redis.call('HSET', meta, 'bulk_served', now_ms)
+      end
+      if redis.call('ZCARD', ready_key(job)) == 0 then
+        redis.call('ZREM', turns_key(lane, pool), job)
+      else
+        redis.call('ZADD', turns_key(lane, pool), served, job)
+      end
+      return id
     end
   end
   return nil
 end
 
 local leases = {}
-for _ = 1, wanted do
+while #leases < wanted do
   local id = next_id()
   if not id then
     break
   end
-  local key = prefix .. ':task:' .. id
-  local payload = redis.call('HGET', key, 'payload')
-  if payload then
+  local task = redis.call('HMGET', task_key(id), 'payload', 'attempts')
+  if task[1] then
     local last = tonumber(redis.call('HGET', meta, 'epoch') or '0')
     local epoch = string.format('%.0f', math.max(last + 1, tonumber(time[1]) * 1000000 + tonumber(time[2])))
     redis.call('HSET', meta, 'epoch', epoch)
-    redis.call('HSET', key, 'epoch', epoch, 'owner', owner)
-    local deliveries = redis.call('HINCRBY', key, 'deliveries', 1)
+    redis.call('HSET', task_key(id), 'epoch', epoch, 'owner', owner)
+    local deliveries = redis.call('HINCRBY', task_key(id), 'deliveries', 1)
     redis.call('ZADD', leased, now_ms + lease_ms, id)
-    leases[#leases + 1] = { id, payload, epoch, deliveries, tonumber(redis.call('HGET', key, 'attempts')) }
+    leases[#leases + 1] = { id, task[1], epoch, deliveries, tonumber(task[2]) }
   end
 end
 return leases

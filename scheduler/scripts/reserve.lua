@@ -16,8 +16,11 @@
 -- ARGV[7] slack             ms by which arrivals at the provider may be nearer to each other than their starts
 -- ARGV[8] max_wait          ms; a later start is not given, ask again
 -- ARGV[9] holder_ttl        ms after its start at which a grant counts as abandoned
+-- ARGV[10] busy             1 when requests of the last window are known of, 0 when none are, '' when nobody has looked;
+--                           it matters for a budget without memory only: that is born closed for one window
 -- Reply: {1, wait_ms, gate_ms} granted: send in wait_ms | {0, wait_ms, 0} the rate is used up: ask again in wait_ms
 --        {0, wait_ms, 1} no permit is free: ask again in wait_ms | {-1, tokens} never: more than one window's tokens
+--        {-2} this budget remembers nothing: look for requests of the last window, and ask again
 
 local MARGIN, RECOVERY_PER_MS, BELIEVED_MS = 0.02, 0.0000015, 3600000
 local CAP_GROWTH_MS, PERMIT_POLL_MS, KEPT_MS = 60000, 100, 86400000
@@ -32,6 +35,8 @@ local width = window / 60
 local state = {}
 local flat = redis.call('HGETALL', KEYS[1])
 for i = 1, #flat, 2 do state[flat[i]] = tonumber(flat[i + 1]) end
+
+if next(state) == nil and ARGV[10] == '' then return {-2} end
 
 local function ms(value) return string.format('%.3f', value) end
 local function whole(value) return math.max(0, math.ceil(value)) end
@@ -53,6 +58,12 @@ end
 for _, dead in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ms(now), 'LIMIT', 0, 100)) do
   redis.call('ZREM', KEYS[2], dead)
   redis.call('HDEL', KEYS[3], dead)
+end
+
+if next(state) == nil and ARGV[10] == '1' then
+  state.gate = now + window
+  redis.call('HSET', KEYS[1], 'gate', ms(state.gate))
+  redis.call('PEXPIRE', KEYS[1], KEPT_MS)
 end
 
 local max_requests, max_tokens = limit('requests', tonumber(ARGV[3])), limit('tokens', tonumber(ARGV[4]))
