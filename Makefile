@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 DEMO := demo
 # Most tests wait for processes of their own: one more than two cores keeps both busy.
 JOBS ?= 3
+# Where the task queues are installed that benchmarks.queue measures beside ours; it says how, and does without.
+PEERS_PYTHON ?= $(BIN)/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check bench judged lock clean
+.PHONY: setup demo test chaos check bench judged lock clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +32,11 @@ test: setup
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+# Twenty thousand documents while everything is killed, stopped and emptied; some eight minutes. Another SEED, other faults.
+SEED ?= 1
+chaos: setup
+	$(BIN)/python -m tests.chaos --seed $(SEED) --write docs/chaos.md
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +45,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.pipeline --profile
+	$(BIN)/python -m benchmarks.queue --peers-python $(PEERS_PYTHON)
 	$(BIN)/python -m benchmarks.minilm
 
 # Retrieval quality against relevance judgements: make judged CORPUS=folder with corpus.jsonl, queries.jsonl, qrels.tsv
@@ -46,12 +54,12 @@ judged: setup
 	  --qrels $(CORPUS)/qrels.tsv --milvus --expect-ndcg 0.5090 --expect-recall 0.7908 --tolerance 0.005
 
 # What a user installs, and the same with what a developer needs beside it.
-COMPILE := pip compile pyproject.toml --extra local --extra milvus --universal --python-version 3.11 --generate-hashes \
+COMPILE := pip compile pyproject.toml --extra all --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --no-header --quiet
 lock:
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv $(COMPILE) --upgrade --output-file requirements.lock
-	$(BIN)/uv $(COMPILE) --upgrade --group dev --constraint requirements.lock --output-file requirements-dev.lock
+	$(BIN)/uv $(COMPILE) --upgrade --group dev --output-file requirements-dev.lock
+	$(BIN)/uv $(COMPILE) --upgrade --constraint requirements-dev.lock --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -196,7 +196,7 @@ class Connection:
         if clients.names_no_master(error):
             return await self._sentinel_trouble(error, address)
         if clients.passes(error) or clients.is_busy(error):
-            return Unreachable(self.shown, clients.reason(error))
+            return Unreachable(self.shown, clients.reason(error) + _tls_hint(error, secure=address.secure))
         return ConfigurationError(str(self._refusal(error)))
 
     async def _sentinel_trouble(self, error: Exception, address: RedisAddress) -> ConfigurationError:
@@ -258,6 +258,16 @@ def _worst(found: Sequence[dict[str, str]]) -> dict[str, str]:
     forgetful = (info["aof_enabled"] for info in found if info.get("aof_enabled") == "0")
     worst = {"maxmemory_policy": next(evicting, None), "aof_enabled": next(forgetful, None)}
     return found[0] | {name: value for name, value in worst.items() if value is not None}
+
+
+def _tls_hint(error: Exception, *, secure: bool) -> str:
+    """A server that does not expect TLS waits for more, and one that does expect it hangs up."""
+    text = clients.reason(error)
+    if secure and text.startswith("Timeout connecting"):
+        return "; if it does not speak TLS, write redis instead of rediss"
+    if not secure and ("Connection closed by server" in text or "Connection reset by peer" in text):
+        return "; if it speaks TLS, write rediss instead of redis"
+    return ""
 
 
 def _tls_advice(error: ssl.SSLError) -> str:

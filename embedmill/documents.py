@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 MAX_ID_BYTES = 512
+# Keys of batches that came through the inbox without a key of their own begin with this.
+KEYLESS_PREFIX = "inbox/"
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -19,13 +21,15 @@ class Cursor:
     """A place in a source, after a record: where reading goes on.
 
     file: which file of the source (0 for a single file); record: records read of that file; offset: bytes read of it where
-    the file can be sought, else 0; line: lines read of it, for messages.
+    the file can be sought, else 0; line: lines read of it, for messages; part: passages read of the record that comes next,
+    where records are split into passages (0: none of them).
     """
 
     file: int = 0
     record: int = 0
     offset: int = 0
     line: int = 0
+    part: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -33,13 +37,20 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class SourceDocument:
-    """One document as read. `metadata` is canonical JSON; `cursor` points behind it."""
+    """One document as read, or one passage of a document that was split.
+
+    metadata: canonical JSON; cursor: points behind it; deleted: the document is to go, and has no text; group: id of the
+    document that this passage is a part of (None: not split); last: the last passage of its document.
+    """
 
     id: str
     text: str
     metadata: str
     cursor: Cursor
     place: str
+    deleted: bool = False
+    group: str | None = None
+    last: bool = True
 
     @property
     def text_hash(self) -> bytes:

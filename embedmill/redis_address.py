@@ -131,7 +131,8 @@ def _parse(parts: SplitResult, kind: Kind, secure: bool) -> RedisAddress:
 def _shown(parts: SplitResult, login: str, place: str) -> str:
     user, colon, _ = login.partition(":")
     masked = f"{user}:***@" if colon else f"{user}@" if user else ""
-    return _SECRET.sub(r"\1***", parts._replace(netloc=masked + place).geturl())
+    query = f"?{parts.query}" if parts.query else ""
+    return _SECRET.sub(r"\1***", f"{parts.scheme}://{masked}{place}{parts.path}{query}")
 
 
 def _hosts(place: str, kind: Kind) -> tuple[tuple[str, int], ...]:

@@ -42,6 +42,7 @@ _UNREACHABLE = (RedisConnectionError, RedisTimeoutError, OSError, RedisClusterEx
 _CHANGING = (ReadOnlyError, ClusterDownError, AskError, TryAgainError)
 # What a server says while it cannot take writes; the words are Redis' and Valkey's own.
 _BUSY_WORDS = ("OOM", "BUSY", "NOREPLICAS", "MISCONF", "UNBLOCKED")
+_FORBIDDEN_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 # Producers in any language may send bytes that are no UTF-8: they come as lone surrogates, and go back as they were.
 _TEXT: dict[str, Any] = {"decode_responses": True, "encoding_errors": "surrogateescape"}
 
@@ -176,8 +177,10 @@ def refuses_login(error: BaseException) -> bool:
 
 
 def forbids(error: BaseException) -> bool:
-    """Whether this user lacks a permission."""
-    return any(isinstance(cause, NoPermissionError) for cause in _causes(error))
+    """Whether this user lacks a permission, also in the words that a script fails with."""
+    return any(
+        isinstance(cause, NoPermissionError) or str(cause).startswith(_FORBIDDEN_IN_SCRIPT) for cause in _causes(error)
+    )
 
 
 def names_no_master(error: BaseException) -> bool:

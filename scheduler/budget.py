@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -27,6 +27,7 @@ log = logging.getLogger("embedmill.budget")
 
 _SETTLE_WITHIN_S = 5.0
 _NO_PERMIT = 1
+_WITHOUT_MEMORY = -2
 
 
 @dataclass(slots=True)
@@ -62,6 +63,13 @@ class RequestBudget(Protocol):
         """Charge tokens of the last window to a budget that does not remember them."""
         ...
 
+    def remember_by(self, busy: Callable[[], Awaitable[bool]]) -> None:
+        """Ask `busy` whether requests of the last window are known of, when Redis has lost the budget.
+
+        Then it is born closed for one window.
+        """
+        ...
+
     async def keep_alive(self) -> None:
         """Say that this process lives, until cancelled: what a dead one held comes back soon."""
         ...
@@ -78,6 +86,9 @@ class Unlimited:
 
     async def restore(self, spent_tokens: int) -> None:
         """Nothing is limited, so nothing is remembered."""
+
+    def remember_by(self, busy: Callable[[], Awaitable[bool]]) -> None:
+        """Nor is it looked up."""
 
     async def keep_alive(self) -> None:
         await anyio.sleep_forever()
@@ -119,6 +130,10 @@ class Budget:
         self._turn = anyio.Lock()
         self._permit_back = anyio.Event()
         self._closed_until = -math.inf
+        self._busy: Callable[[], Awaitable[bool]] | None = None
+
+    def remember_by(self, busy: Callable[[], Awaitable[bool]]) -> None:
+        self._busy = busy
 
     @asynccontextmanager
     async def reserve(self, est_tokens: int) -> AsyncIterator[Grant]:
@@ -171,11 +186,18 @@ class Budget:
 
     async def _granted(self, grant: Grant) -> float:
         """Seconds until the start that was given."""
-        args: list[str | int | float] = [grant.op, grant.est_tokens, *self._limits.values(), *self._times_ms]
+        request = [grant.op, grant.est_tokens, *self._limits.values(), *self._times_ms]
+        known: Literal["", 0, 1] = "" if self._busy is not None else 0
         async with self._turn:
             while True:
                 self._permit_back = anyio.Event()
-                granted, wait_ms, *rest = await self._connection.script("scheduler/reserve", self._keys, args)
+                granted, *rest = await self._connection.script("scheduler/reserve", self._keys, [*request, known])
+                if granted == _WITHOUT_MEMORY and self._busy is not None:
+                    known = 1 if await self._busy() else 0
+                    if known:
+                        log.warning("the budget was lost, and requests were sent in its last window: closed for one")
+                    continue
+                wait_ms, *rest = rest
                 if granted < 0:
                     raise RequestTooLarge(
                         f"a request of about {grant.est_tokens} tokens can never be sent: this key may send {wait_ms} per"

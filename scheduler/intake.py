@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from anyio import to_thread
 
 from embedmill.documents import Reject, SourceDocument
-from embedmill.errors import StorageError
+from embedmill.errors import ConfigurationError, StorageError
 from embedmill.messages import Task
 from embedmill.sources.opening import Source
 from embedmill.sources.rejects import RejectFile
@@ -26,19 +25,23 @@ _BLOCK_BYTES = 8 * 1024 * 1024
 class Intake:
     """Reads sources in the order given and enqueues the shards that they fill.
 
-    Rejected records go to a file per source below `rejects`, which a resumed reading continues without repeating itself.
-    `limit` bounds the documents that are read in all.
+    Rejected records go to a file per source below `rejects`, which a resumed reading continues without repeating itself;
+    with `strict` the first of them ends the reading. `limit` bounds the documents that are read in all.
     """
 
-    def __init__(self, admitter: Admitter, queue: Queue, *, rejects: Path, limit: int | None = None) -> None:
+    def __init__(
+        self, admitter: Admitter, queue: Queue, *, rejects: Path, limit: int | None = None, strict: bool = False
+    ) -> None:
         self._admitter = admitter
         self._queue = queue
         self._rejects = rejects
         self._left = limit
+        self._strict = strict
         self._stopped = False
         self._read_bytes: dict[str, int] = {}
         self._total_bytes: int | None = 0
         self.reject_files: dict[Path, int] = {}
+        self.remarks: list[str] = []
         self.finished = False
 
     def stop(self) -> None:
@@ -59,7 +62,11 @@ class Intake:
         return sum(self.reject_files.values())
 
     async def run(self, sources: Sequence[Source]) -> None:
-        """Read everything. Raises ConfigurationError for a source that vanished, StorageError for a full disk."""
+        """Read everything.
+
+        Raises ConfigurationError for a source that vanished, and with `strict` for a record that is no document;
+        StorageError for a full disk and for an object store that does not answer.
+        """
         sizes = [source.total_bytes() for source in sources]
         self._total_bytes = None if None in sizes else sum(size or 0 for size in sizes)
         keys = {source.push_key for source in sources}
@@ -83,6 +90,7 @@ class Intake:
                     break
                 await self._admit(push_key, source, block, rejects)
         finally:
+            self.remarks.extend(source.remarks())
             await to_thread.run_sync(_close, rejects)
             if rejects.count:
                 self.reject_files[rejects.path] = rejects.count
@@ -92,6 +100,8 @@ class Intake:
     ) -> None:
         def admit() -> list[Task]:
             def keep(new: Sequence[Reject]) -> None:
+                if new and self._strict:
+                    raise self._refuse(new[0])
                 _write(rejects, new)
 
             return self._admitter.admit(push_key, source.name, block, keep_rejects=keep).tasks
@@ -104,16 +114,23 @@ class Intake:
     def _take_block(self, records: Iterator[SourceDocument | Reject]) -> list[SourceDocument | Reject]:
         block: list[SourceDocument | Reject] = []
         size = 0
-        wanted = _BLOCK_RECORDS if self._left is None else min(_BLOCK_RECORDS, self._left)
-        for record in islice(records, wanted):
+        while len(block) < _BLOCK_RECORDS and size < _BLOCK_BYTES and self._left != 0:
+            record = next(records, None)
+            if record is None:
+                break
             block.append(record)
             if isinstance(record, SourceDocument):
                 size += len(record.text)
-            if size >= _BLOCK_BYTES:
-                break
-        if self._left is not None:
-            self._left -= sum(isinstance(record, SourceDocument) for record in block)
+                if self._left is not None and record.last:
+                    self._left -= 1
         return block
+
+    def _refuse(self, reject: Reject) -> ConfigurationError:
+        admitted = self._admitter.counts.admitted - self._admitter.waiting
+        return ConfigurationError(
+            f"{reject.place}: {reject.reason}; --strict stops here. {admitted:,} passages of this run were admitted before "
+            "it and stay: mend the record and run the same command again"
+        )
 
 
 def _file_name(name: str) -> str:

@@ -1,4 +1,7 @@
-"""The scheduler: keeps the queue true to the datasets, and the arrays' shapes true to what is committed."""
+"""The scheduler: admits inboxes, keeps the queue true to the datasets, and the arrays' shapes true to what is committed.
+
+Trouble with one dataset is logged, and the others go on; it is tried again.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from collections.abc import Mapping, Sequence
 import anyio
 from anyio import to_thread
 
+from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
 from embedmill.errors import ConfigurationError, EmbedmillError
 
+from .inbox import InboxAdmission
 from .queue import Queue
 from .reconcile import reconcile
 
@@ -28,6 +33,26 @@ def check_durability(server: Mapping[str, str], *, url: str) -> None:
         _log.warning("Redis at %s has no append-only file: after a crash the queue is rebuilt from the dataset", url)
 
 
+async def serve_dataset(
+    dataset: Dataset,
+    connection: Connection,
+    *,
+    inbox: str,
+    namespace: str,
+    stopping: anyio.Event,
+    linger_s: float = 2.0,
+) -> None:
+    """Admit the inbox of this name into the dataset and keep the queue true to it, until `stopping` is set.
+
+    Any number of schedulers may serve one dataset.
+    """
+    queue = Queue(connection, namespace=namespace)
+    admission = InboxAdmission(dataset, queue, connection, name=inbox, namespace=namespace, linger_s=linger_s)
+    async with anyio.create_task_group() as group:
+        group.start_soon(admission.run, stopping)
+        await run_scheduler([dataset], queue, stopping=stopping)
+
+
 async def run_scheduler(
     datasets: Sequence[Dataset], queue: Queue, *, stopping: anyio.Event, every_s: float = 5.0
 ) -> None:
@@ -40,6 +65,9 @@ async def run_scheduler(
             except EmbedmillError as error:
                 # One dataset's trouble is not the others'.
                 _log.warning("%s: %s", dataset.url, error)
+                continue
+            except (OSError, RuntimeError, ValueError):
+                _log.exception("%s: unforeseen trouble; trying again", dataset.url)
                 continue
             if added:
                 _log.info("%s: %d shards were owed and not queued", dataset.url, added)

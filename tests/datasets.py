@@ -15,11 +15,16 @@ from embedmill.embedder import EmbedderSpec
 
 
 def small_dataset(
-    folder: Path, *, embedder: EmbedderSpec | None = None, shard_rows: int = 8, chunk_rows: int = 4
+    folder: Path,
+    *,
+    embedder: EmbedderSpec | None = None,
+    shard_rows: int = 8,
+    chunk_rows: int = 4,
+    dataset_id: str = "d0",
 ) -> Dataset:
     """A new dataset in `folder`, for vectors of this embedder (else of null/3)."""
     spec = embedder or EmbedderSpec(model="null/3", dimensions=3, revision="1")
-    info = DatasetInfo("d0", "2026-01-01T00:00:00+00:00", spec, shard_rows=shard_rows, chunk_rows=chunk_rows)
+    info = DatasetInfo(dataset_id, "2026-01-01T00:00:00+00:00", spec, shard_rows=shard_rows, chunk_rows=chunk_rows)
     LocalStore(folder).create(layout.DATASET_KEY, info.to_bytes())
     return Dataset.open_or_create(str(folder), embedder=spec)
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import Marker, Status
+from embedmill.dataset.summary import summarize
 from worker.embedders.null import hash_vectors
 
 
@@ -49,11 +50,12 @@ def check_dataset(url: str | Path, *, source: Mapping[str, str] | None = None, a
     for shard in shards:
         table = pq.read_table(root / layout.documents_key(shard))
         assert 0 < table.num_rows <= dataset.info.shard_rows, f"shard {shard} has {table.num_rows} rows"
-        _check_versions(shard, table, newest)
+        _check_versions(dataset, shard, table, newest)
         marker = dataset.marker(shard)
         if marker is not None:
             _check_marker(root, dataset, marker, table)
             _check_vectors(root, dataset, marker, table)
+    _check_accounts(dataset, shards)
     _check_shape(root, dataset)
     _check_fingerprints(root, dataset)
     if source is not None:
@@ -106,12 +108,38 @@ def _check_log(root: Path) -> list[int]:
     return list(range(len(names)))
 
 
-def _check_versions(shard: int, table: pa.Table, newest: dict[str, tuple[int, str | None]]) -> None:
-    columns = table.to_pydict()
-    for id_, version, text in zip(columns["id"], columns["version"], columns["text"], strict=True):
-        before = newest.get(id_, (0, None))[0]
-        assert version > before, f"shard {shard}: version {version} of {id_!r} stands behind version {before}"
-        newest[id_] = (version, text)
+def _check_versions(dataset: Dataset, shard: int, table: pa.Table, newest: dict[str, tuple[int, str | None]]) -> None:
+    columns, retries = table.to_pydict(), dataset.origin(shard).retries
+    for row, (id_, version, text) in enumerate(zip(columns["id"], columns["version"], columns["text"], strict=True)):
+        before, text_before = newest.get(id_, (0, None))
+        if row in retries:
+            assert (version, text) == (before, text_before), f"shard {shard}: {id_!r} is tried again as something else"
+            _check_retry(dataset, retries[row], id_, version)
+        else:
+            assert version > before, f"shard {shard}: version {version} of {id_!r} stands behind version {before}"
+        newest[id_] = (version, None if columns["deleted"][row] else text)
+
+
+def _check_retry(dataset: Dataset, place: tuple[int, int], id_: str, version: int) -> None:
+    """Only what failed is tried again."""
+    marker = dataset.marker(place[0])
+    failed = {(f.row, f.id, f.version) for f in marker.failures} if marker is not None else set()
+    assert (place[1], id_, version) in failed, f"row {place[1]} of shard {place[0]} was tried again and had not failed"
+
+
+def _check_accounts(dataset: Dataset, shards: list[int]) -> None:
+    """Every accepted (id, version) ends in exactly one status, and the summary says how many in each."""
+    found: dict[tuple[str, int], Status] = {}
+    for shard in shards:
+        columns = dataset.documents(shard, columns=["id", "version"])[0].to_pydict()
+        marker = dataset.marker(shard)
+        for row, key in enumerate(zip(columns["id"], columns["version"], strict=True)):
+            found[key] = "owed" if marker is None else layout.STATUSES[int(marker.statuses[row])]
+    summary = summarize(dataset)
+    counted = {status: getattr(summary, status) for status in layout.STATUSES}
+    expected = {status: sum(found_status == status for found_status in found.values()) for status in layout.STATUSES}
+    assert counted == expected, f"the summary counts {counted}, and the log says {expected}"
+    assert summary.admitted == len(found), f"{summary.admitted} are counted as accepted, and {len(found)} are"
 
 
 def _check_marker(root: Path, dataset: Dataset, marker: Marker, table: pa.Table) -> None:
@@ -186,6 +214,7 @@ def _check_fingerprints(root: Path, dataset: Dataset) -> None:
 
 
 def _check_source(newest: Mapping[str, tuple[int, str | None]], source: Mapping[str, str]) -> None:
+    newest = {id_: found for id_, found in newest.items() if found[1] is not None}
     lost, invented = source.keys() - newest.keys(), newest.keys() - source.keys()
     assert not lost, f"{len(lost)} documents of the source are lost, for example {sorted(lost)[:3]}"
     assert not invented, f"{len(invented)} documents are in no source, for example {sorted(invented)[:3]}"

@@ -155,18 +155,19 @@ def running(server: Server) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Certificates:
-    """Files of an authority, of a server at 127.0.0.1 and localhost, and of a client."""
+    """Files of an authority, and of a certificate of it for a server and for its clients."""
 
     authority: Path
     certificate: Path
     key: Path
 
 
-def make_certificates(folder: Path) -> Certificates:
+def make_certificates(folder: Path, *names: str) -> Certificates:
+    """For `names`, by default those of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     made = Certificates(folder / "authority.pem", folder / "certificate.pem", folder / "key.pem")
     authority = trustme.CA()
-    issued = authority.issue_cert("localhost", "127.0.0.1")
+    issued = authority.issue_cert(*names or ("localhost", "127.0.0.1"))
     authority.cert_pem.write_to_path(made.authority)
     issued.private_key_pem.write_to_path(made.key)
     made.certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
@@ -206,6 +207,25 @@ class Sentinels:
         reply = self.sentinels[0].do("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
         port = int(reply[1])
         return next(server for server in self.servers if server.port == port)
+
+    def wait_until_replicated(self) -> None:
+        """Until the replica has all that the master has."""
+        master, replica = self.servers
+
+        def replicated() -> bool:
+            done: bool = (
+                replica.do("INFO", "replication")["slave_repl_offset"]
+                == master.do("INFO", "replication")["master_repl_offset"]
+            )
+            return done
+
+        _wait(replicated, "the replica has everything")
+
+    def fail_over(self) -> None:
+        """Make the replica the master, and wait until it is; both live."""
+        former = self.master()
+        self.sentinels[0].do("SENTINEL", "FAILOVER", SERVICE)
+        _wait(lambda: self.master() is not former, "there is another master")
 
 
 @contextmanager

@@ -52,12 +52,13 @@ async def embed_batch(
     budget: RequestBudget,
     role: Role = "document",
     est_tokens: int | None = None,
+    on_send: Callable[[], None] | None = None,
     on_event: Callable[[Attempt], None] | None = None,
     policy: RetryPolicy = DEFAULT_POLICY,
 ) -> Embedding:
     """Embed `texts` in one request, tried until it passes or cannot.
 
-    est_tokens: of the whole request, when the caller knows it. `on_event` is told of every request that was sent.
+    est_tokens: of the whole request, when the caller knows it. `on_send` is called before each request, `on_event` after it.
     Raises Overloaded or OutcomeUnknown after `policy.max_attempts` failures; InputRejected, JobFatalError and
     ConfigurationError at once. Cancelled, a request in flight is charged with its estimate.
     """
@@ -66,6 +67,8 @@ async def embed_batch(
 
     async def attempt() -> Embedding:
         async with budget.reserve(est_tokens) as grant:
+            if on_send is not None:
+                on_send()
             return await _send(embedder, texts, grant=grant, role=role, on_event=on_event)
 
     return await _retrying(policy)(attempt)

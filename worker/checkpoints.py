@@ -23,6 +23,7 @@ from embedmill.dataset.shard import crc32c
 from embedmill.errors import CorruptStore
 
 from .results import Increment, ShardResults
+from .trials import NOTE_PREFIX
 
 _MAGIC = b"EMC1"
 _log = logging.getLogger("embedmill.worker.checkpoints")
@@ -84,6 +85,7 @@ class Checkpoint:
 
     def __init__(self, dataset: Dataset, shard: int, *, attempt: str) -> None:
         self._dataset = dataset
+        self._shard = shard
         self._folder = checkpoints_folder(shard)
         self._attempt = attempt
         self._flushes = 0
@@ -91,7 +93,7 @@ class Checkpoint:
     def adopt(self, results: ShardResults) -> int:
         """Take over what earlier attempts kept; how many rows. A damaged checkpoint is passed over: its rows are owed."""
         adopted = 0
-        for name in self._dataset.store.names(self._folder):
+        for name in _increments(self._dataset, self._folder):
             key = f"{self._folder}/{name}"
             data = self._dataset.store.read_or_none(key)
             if data is None:
@@ -105,12 +107,14 @@ class Checkpoint:
         return adopted
 
     def keep(self, increment: Increment) -> None:
-        """Write results durably, as one object."""
+        """Write results durably, as one object. Where somebody else has committed the shard meanwhile, nobody needs them."""
         self._flushes += 1
         self._dataset.store.create(
             f"{self._folder}/{self._attempt}-{self._flushes:05d}",
             encode_increment(increment, fingerprint=self._fingerprint),
         )
+        if self._dataset.marker(self._shard) is not None:
+            self.sweep()
 
     def sweep(self) -> None:
         """The marker is there: nobody needs them any more."""
@@ -128,8 +132,12 @@ def count_kept(dataset: Dataset, shards: Sequence[int]) -> int:
     kept = 0
     fingerprint = dataset.info.embedder.fingerprint
     for shard in shards:
-        for name in dataset.store.names(checkpoints_folder(shard)):
+        for name in _increments(dataset, checkpoints_folder(shard)):
             data = dataset.store.read_or_none(f"{checkpoints_folder(shard)}/{name}")
             with suppress(CorruptStore):
                 kept += len(decode_increment(data or b"", fingerprint=fingerprint, name=name).rows)
     return kept
+
+
+def _increments(dataset: Dataset, folder: str) -> list[str]:
+    return [name for name in dataset.store.names(folder) if not name.startswith(NOTE_PREFIX)]

@@ -5,9 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from embedmill.dataset.dataset import Dataset, now_iso
-from embedmill.dataset.layout import EMBEDDED, FAILED, Failure, Marker, StoredObject, documents_key, vectors_key
+from embedmill.dataset.layout import (
+    CANCELLED,
+    EMBEDDED,
+    FAILED,
+    Failure,
+    Marker,
+    StoredObject,
+    documents_key,
+    vectors_key,
+)
 from embedmill.dataset.passages import ShardOrigin
 from embedmill.errors import ObjectExists
+from embedmill.failpoints import failpoint
 from embedmill.messages import DeadLetter, Task
 
 from .results import ShardResults
@@ -28,9 +38,11 @@ def commit_shard(
     passages: (id, version) of every row. Blocking: run in a thread.
     """
     objects: dict[str, StoredObject] = {}
-    stored = _store_vectors(dataset, shard, results, passages=passages)
+    failpoint("worker.before_vectors")
+    stored = _store_vectors(dataset, shard, results, job=origin.job, passages=passages)
     if stored is not None:
         objects[vectors_key(shard)] = stored
+    failpoint("worker.after_vectors")
     marker = Marker(
         shard=shard,
         statuses=results.statuses,
@@ -43,9 +55,12 @@ def commit_shard(
         failures=tuple(results.failures[row] for row in sorted(results.failures)),
         truncated=tuple(sorted(results.truncated)),
         replaces=origin.replaces,
+        retries=origin.retries,
         objects={documents_key(shard): dataset.describe_object(documents_key(shard)), **objects},
     )
-    return dataset.commit(marker)
+    committed = dataset.commit(marker)
+    failpoint("worker.after_marker")
+    return committed
 
 
 def dead_letters(marker: Marker, task: Task) -> list[DeadLetter]:
@@ -57,7 +72,7 @@ def dead_letters(marker: Marker, task: Task) -> list[DeadLetter]:
 
 
 def _store_vectors(
-    dataset: Dataset, shard: int, results: ShardResults, *, passages: list[tuple[str, int]]
+    dataset: Dataset, shard: int, results: ShardResults, *, job: str, passages: list[tuple[str, int]]
 ) -> StoredObject | None:
     embedded = results.statuses == EMBEDDED
     if not embedded.any() and not dataset.store.exists(vectors_key(shard)):
@@ -65,11 +80,11 @@ def _store_vectors(
     try:
         return dataset.create_vectors(shard, results.vectors)
     except ObjectExists:
-        return _adopt(dataset, shard, results, passages=passages)
+        return _adopt(dataset, shard, results, job=job, passages=passages)
 
 
 def _adopt(
-    dataset: Dataset, shard: int, results: ShardResults, *, passages: list[tuple[str, int]]
+    dataset: Dataset, shard: int, results: ShardResults, *, job: str, passages: list[tuple[str, int]]
 ) -> StoredObject | None:
     """A dead or slower attempt left the vectors: they are what is stored, so they are what the marker describes."""
     stored = dataset.stored_vectors(shard, rows=results.rows)
@@ -77,10 +92,16 @@ def _adopt(
         return None
     values, described = stored
     present = np.isfinite(values).all(axis=1)
-    for row in map(int, np.flatnonzero(present & (results.statuses == FAILED))):
+    for row in map(int, np.flatnonzero(present & np.isin(results.statuses, (FAILED, CANCELLED)))):
         results.statuses[row] = EMBEDDED
-        del results.failures[row]
-    for row in map(int, np.flatnonzero(~present & (results.statuses == EMBEDDED))):
+        results.failures.pop(row, None)
+    missing = list(map(int, np.flatnonzero(~present & (results.statuses == EMBEDDED))))
+    record = dataset.job(job) if missing else None
+    if record is not None and record.state == "cancelled":
+        # Whoever cancels the job was faster, and stored what was there by then.
+        results.delete(missing, cancelled=True)
+        missing = []
+    for row in missing:
         id_, version = passages[row]
         results.statuses[row] = FAILED
         results.failures[row] = Failure(row, id_, version, "lost_attempt", "an earlier attempt stored no vector for it")

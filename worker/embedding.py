@@ -10,8 +10,9 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -19,21 +20,22 @@ import numpy as np
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.layout import EMBEDDED, Failure, Marker
+from embedmill.dataset.layout import EMBEDDED, Marker
 from embedmill.dataset.passages import ShardOrigin
-from embedmill.embedder import Embedder, Embedding
-from embedmill.errors import CorruptStore, EmbedmillError, InputRejected, JobFatalError, RequestTooLarge, StorageError
+from embedmill.embedder import Embedder
+from embedmill.errors import CorruptStore, EmbedmillError, StorageError
+from embedmill.failpoints import afailpoint, failpoint
 
 from .checkpoints import Checkpoint
 from .commit import commit_shard
-from .gate import inspect
 from .packing import pack
-from .requesting import Requester, WorkerCounts
+from .requesting import CANARY, Requester, WorkerCounts
 from .results import Increment, ShardResults
+from .shard_requests import ShardRequests
 from .spend import SpendLog
+from .trials import DEATHS_TO_BURY, SUSPECT_AFTER, Note, TrialNotes, control_wait_s, deaths_alone, plan_trials, suspects
 
 CHECKPOINT_EVERY_S = 2.0
-_GATE_TRIES = 4
 _log = logging.getLogger("embedmill.worker")
 
 
@@ -46,47 +48,73 @@ class Tools:
     worker: str
     permits: anyio.CapacityLimiter
     draining: anyio.Event
+    _trials: anyio.Lock = field(default_factory=anyio.Lock)
 
     @property
     def counts(self) -> WorkerCounts:
         return self.requester.counts
 
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Hold every permit, so that nothing else of this process is in flight."""
+        async with self._trials:
+            held: list[object] = []
+            try:
+                while len(held) < self.permits.total_tokens:
+                    borrower = object()
+                    await self.permits.acquire_on_behalf_of(borrower)
+                    held.append(borrower)
+                yield
+            finally:
+                for borrower in held:
+                    self.permits.release_on_behalf_of(borrower)
+
 
 class ShardEmbedding:
-    """The work on one shard. `progressed` is true once the checkpoint grew since it was last asked."""
+    """The work on one shard. deliveries: of its task, this one included, without progress; from `SUSPECT_AFTER` on it is
+    worked in trials. None: the queue does not remember them, so they are counted in the dataset.
+    """
 
-    def __init__(self, tools: Tools, dataset: Dataset, shard: int) -> None:
+    def __init__(self, tools: Tools, dataset: Dataset, shard: int, *, deliveries: int | None) -> None:
         self._tools = tools
         self._dataset = dataset
         self._shard = shard
+        self._deliveries = deliveries
         self._attempt = uuid.uuid4().hex[:12]
         self._checkpoint = Checkpoint(dataset, shard, attempt=self._attempt)
+        self._notes = TrialNotes(dataset, shard, attempt=self._attempt)
         self._spend = SpendLog(dataset, worker=tools.worker, key_id=tools.requester.budget.key_id)
-        self._grown = False
         self._ids: list[tuple[str, int]] = []
         self._texts: list[str] = []
-        self._tokens: dict[int, int] = {}
         self._trouble: EmbedmillError | None = None
+        self._halted = False
+        self._left: list[Note] = []
+        self._delivery: str | None = None
         self._origin: ShardOrigin
         self._results: ShardResults
+        self._requests: ShardRequests
+        self.grown = False
+        """The checkpoint grew since somebody set this to False."""
 
-    def progressed(self) -> bool:
-        grown, self._grown = self._grown, False
-        return grown
+    def halt(self) -> None:
+        """Send nothing more; `run` ends as when drained."""
+        self._halted = True
 
     async def run(self) -> Marker | None:
-        """Embed what is owed and commit; the marker, or None when the worker was drained before the end.
+        """Embed what is owed and commit; the marker, or None when the worker was drained or the shard halted before the end.
 
         Raises TransientError (try the shard later), JobFatalError, StorageError, CorruptStore.
         """
         marker = await to_thread.run_sync(self._dataset.marker, self._shard)
         if marker is None:
             await to_thread.run_sync(self._prepare)
+            await afailpoint("worker.after_adopt")
             await self._embed_owed()
             if self._results.owed():
                 return None
             marker = await self._commit()
         await to_thread.run_sync(self._checkpoint.sweep)
+        await afailpoint("worker.after_sweep")
         return marker
 
     def _prepare(self) -> None:
@@ -95,10 +123,14 @@ class ShardEmbedding:
         self._ids = list(zip(columns["id"], columns["version"], strict=True))
         self._texts = [text or "" for text in columns["text"]]
         self._results = ShardResults(table.num_rows, self._dataset.info.dimensions)
+        self._requests = ShardRequests(
+            self._tools.requester, self._results, ids=self._ids, texts=self._texts, dtype=self._dataset.info.dtype
+        )
         self._results.delete(row for row, deleted in enumerate(columns["deleted"]) if deleted)
         adopted = self._checkpoint.adopt(self._results)
         adopted += self._adopt_stored() + self._carry_over()
         self._tools.counts.adopted += adopted
+        self._left = self._notes.left()
 
     def _adopt_stored(self) -> int:
         """An attempt that died between vectors and marker left them whole."""
@@ -134,21 +166,17 @@ class ShardEmbedding:
         owed = self._results.owed()
         if not owed:
             return
-        limits = self._tools.embedder.limits
-        texts = [self._texts[row] for row in owed]
-        tokens = await to_thread.run_sync(self._tools.embedder.estimate_tokens, texts)
-        self._tokens = dict(zip(owed, tokens, strict=True))
-        batches = [[owed[position] for position in batch] for batch in pack(tokens, limits=limits)]
-        if limits.padded:
-            # Long and short batches mixed, so that speed and remaining time are honest from the start.
-            random.Random(self._shard).shuffle(batches)
-        waiting = iter(batches)
+        deliveries = self._deliveries or sum(not note.rows for note in self._left) + 1
         try:
             async with anyio.create_task_group() as work:
                 work.start_soon(self._keep_regularly)
-                async with anyio.create_task_group() as runners:
-                    for _ in range(min(limits.concurrency, len(batches))):
-                        runners.start_soon(self._run_batches, waiting)
+                if suspects(self._left) or deliveries >= SUSPECT_AFTER:
+                    await self._run_trials(owed, deliveries)
+                elif self._deliveries is None:
+                    async with self._noted(Note(())) as self._delivery:
+                        await self._run_all(owed)
+                else:
+                    await self._run_all(owed)
                 work.cancel_scope.cancel()
         finally:
             if self._results.owed():
@@ -157,81 +185,95 @@ class ShardEmbedding:
         if self._trouble is not None:
             raise self._trouble
 
+    @property
+    def stopping(self) -> bool:
+        """Nothing more is sent: trouble, a job that was halted, or a worker that drains."""
+        return self._trouble is not None or self._halted or self._tools.draining.is_set()
+
+    async def _run_all(self, owed: list[int]) -> None:
+        limits = self._tools.embedder.limits
+        async with self._tools.permits:
+            tokens = await self._requests.estimate(owed)
+        batches = [[owed[position] for position in batch] for batch in pack(tokens, limits=limits)]
+        if limits.padded:
+            # Long and short batches mixed, so that speed and remaining time are honest from the start.
+            random.Random(self._shard).shuffle(batches)
+        waiting = iter(batches)
+        async with anyio.create_task_group() as runners:
+            for _ in range(min(limits.concurrency, len(batches))):
+                runners.start_soon(self._run_batches, waiting)
+
     async def _run_batches(self, waiting: Iterator[list[int]]) -> None:
         """Work off batches. Trouble in one lets the others finish what they have sent: it is paid for."""
         while True:
             async with self._tools.permits:
-                stopping = self._trouble is not None or self._tools.draining.is_set()
-                batch = None if stopping else next(waiting, None)
+                batch = None if self.stopping else next(waiting, None)
                 if batch is None:
                     return
                 try:
-                    await self._embed(batch)
+                    await self._requests.embed(batch)
                 except EmbedmillError as error:
                     self._trouble = self._trouble or error
 
-    async def _embed(self, rows: list[int], *, tries: int = _GATE_TRIES, since_s: float | None = None) -> None:
-        """Embed rows in one request; bisect when their content is refused, until the bad passage is alone.
+    async def _run_trials(self, owed: list[int], deliveries: int) -> None:
+        """Work off a suspect shard, so that a death tells which rows it met."""
+        _log.warning(
+            "shard %d of %s is worked in trials: delivery %d without progress, %d trials that were not survived",
+            self._shard,
+            self._dataset.url,
+            deliveries,
+            sum(bool(note.rows) for note in self._left),
+        )
+        # A tokenizer may be what ends the worker: its estimate is part of the trial, and bytes stand for tokens here.
+        sizes = [len(self._texts[row].encode("utf-8", "surrogatepass")) // 2 + 1 for row in owed]
+        suspected = suspects(self._left)
+        for rows in plan_trials(owed, sizes, self._left, limits=self._tools.embedder.limits):
+            async with self._tools.alone():
+                if self.stopping:
+                    return
+                try:
+                    if len(rows) == 1 and rows[0] in suspected:
+                        await self._try_alone(rows[0])
+                    else:
+                        await self._try(Note(rows))
+                except EmbedmillError as error:
+                    self._trouble = error
 
-        A row whose vector does not pass the gate is asked for again by itself, so many `tries` in all. since_s: when the
-        first complaint came that led here; nothing is buried before the provider has done something else well since.
-        """
-        texts = [self._texts[row] for row in rows]
-        began_s = time.monotonic()
+    async def _try_alone(self, row: int) -> None:
+        left = await to_thread.run_sync(self._notes.left)
+        deaths, controls = deaths_alone(row, left)
+        if deaths - controls >= DEATHS_TO_BURY:
+            cause = f"it ended its worker {deaths} times when it was alone in a request"
+            _log.error("passage %s of %s is a dead letter: %s", self._ids[row][0], self._dataset.url, cause)
+            self._requests.fail(row, code="poison", cause=cause)
+            await self._keep()
+            return
+        async with self._noted(Note((row,), control=True)):
+            began_s = time.monotonic()
+            await self._tools.requester.require_well(since_s=began_s, complaint="a passage that ended its worker")
+            wait_s = control_wait_s(time.monotonic() - began_s, canary=CANARY, text=self._texts[row])
+            # Not in step with anything that kills at intervals.
+            with anyio.move_on_after(wait_s * random.uniform(0.75, 1.5)):
+                await self._tools.draining.wait()
+        if not self.stopping:
+            await self._try(Note((row,), controlled=True))
+
+    async def _try(self, note: Note) -> None:
+        async with self._noted(note):
+            await self._requests.estimate(note.rows)
+            await self._requests.embed(note.rows)
+            await self._keep()
+
+    @asynccontextmanager
+    async def _noted(self, note: Note) -> AsyncIterator[str]:
+        """A note that only the death of this process leaves behind."""
+        key = await to_thread.run_sync(self._notes.write, note)
+        await afailpoint("worker.after_note")
         try:
-            embedding = await self._tools.requester.ask(
-                texts,
-                est_tokens=sum(self._tokens[row] for row in rows),
-                on_waste=lambda answer: self._add([], answer, []),
-            )
-        except InputRejected as error:
-            await self._bisect(rows, error, tries=tries, since_s=since_s or began_s)
-            return
-        report = inspect(
-            embedding.vectors, texts, dimensions=self._results.dimensions, dtype=np.dtype(self._dataset.info.dtype)
-        )
-        good = [position for position in range(len(rows)) if position not in report.bad]
-        self._add([rows[position] for position in good], embedding, good)
-        for position, cause in report.bad.items():
-            if tries <= 1:
-                await self._tools.requester.require_well(since_s=since_s or began_s, complaint=cause)
-                self._fail(rows[position], code="gate", cause=cause)
-            else:
-                await self._embed([rows[position]], tries=tries - 1, since_s=since_s or began_s)
-
-    async def _bisect(self, rows: list[int], refusal: InputRejected, *, tries: int, since_s: float) -> None:
-        if len(rows) > 1:
-            middle = len(rows) // 2
-            await self._embed(rows[:middle], tries=tries, since_s=since_s)
-            await self._embed(rows[middle:], tries=tries, since_s=since_s)
-            return
-        if isinstance(refusal, RequestTooLarge):
-            raise JobFatalError(f"{refusal}; nothing is lost, run again with other limits") from refusal
-        await self._tools.requester.require_well(since_s=since_s, complaint=str(refusal))
-        self._fail(rows[0], code=refusal.code, cause=str(refusal))
-
-    def _add(self, rows: list[int], embedding: Embedding, positions: list[int]) -> None:
-        row_of = dict(zip(positions, rows, strict=True))
-        truncated = tuple(row_of[position] for position in embedding.truncated if position in row_of)
-        increment = Increment(
-            rows=np.array(rows, dtype=np.int32),
-            vectors=embedding.vectors[positions] if positions else np.empty((0, self._results.dimensions), np.float32),
-            truncated=truncated,
-            billed_tokens=embedding.billed_tokens,
-            requests=1,
-        )
-        counts = self._tools.counts
-        counts.embedded += self._results.add(increment)
-        counts.tokens += embedding.billed_tokens
-        counts.requests += 1
-        counts.truncated += len(truncated)
-
-    def _fail(self, row: int, *, code: str, cause: str) -> None:
-        id_, version = self._ids[row]
-        none = np.empty((0, self._results.dimensions), np.float32)
-        failure = Failure(row, id_, version, code, cause)
-        self._results.add(Increment(np.empty(0, np.int32), none, failures=(failure,)))
-        self._tools.counts.failed += 1
+            yield key
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(self._notes.remove, key)
 
     async def _keep_regularly(self) -> None:
         while True:
@@ -248,15 +290,21 @@ class ShardEmbedding:
             return
 
         def keep() -> None:
+            failpoint("worker.before_checkpoint")
             self._checkpoint.keep(increment)
+            failpoint("worker.after_checkpoint")
             self._spend.add(self._shard, increment)
+            if self._delivery is not None:
+                # This delivery was not without progress.
+                self._notes.remove(self._delivery)
+                self._delivery = None
 
         try:
             await to_thread.run_sync(keep)
         except BaseException:
             self._results.put_back(increment)
             raise
-        self._grown = True
+        self.grown = True
 
     async def _commit(self) -> Marker:
         unkept = self._results.take_unkept()

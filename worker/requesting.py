@@ -28,7 +28,8 @@ _MALFORMED_TRIES = 5
 class WorkerCounts:
     """What this worker has done, for progress and metrics. Passages carried over or adopted were not paid for again.
 
-    lost_tokens: estimate of what was sent and never answered, which the provider may have billed.
+    lost_tokens: estimate of what was sent and never answered, which the provider may have billed. stalls: times that the
+    event loop stood still for so long that leases were in danger.
     """
 
     embedded: int = 0
@@ -41,6 +42,7 @@ class WorkerCounts:
     shards: int = 0
     rate_limited: int = 0
     failed_requests: int = 0
+    stalls: int = 0
     last_trouble: str = ""
 
 
@@ -52,6 +54,12 @@ class Requester:
     budget: RequestBudget
     counts: WorkerCounts
     well_at_s: float = field(default=float("-inf"))
+    _calls: dict[object, float] = field(default_factory=dict)
+
+    @property
+    def oldest_call_s(self) -> float:
+        """For how long the embedder has not answered the oldest of its open calls; waiting for the budget is none."""
+        return time.monotonic() - min(self._calls.values()) if self._calls else 0.0
 
     async def ask(self, texts: Sequence[str], *, est_tokens: int, on_waste: Callable[[Embedding], None]) -> Embedding:
         """One answer whose shape holds, (n, dimensions); single rows may still be bad.
@@ -102,7 +110,18 @@ class Requester:
         return bool(np.array_equal(answer.vectors[:1], embedding.vectors[:1]))
 
     async def _send(self, texts: Sequence[str], est_tokens: int) -> Embedding:
-        return await embed_batch(self.embedder, texts, budget=self.budget, est_tokens=est_tokens, on_event=self._note)
+        call = object()
+
+        def begin() -> None:
+            self._calls[call] = time.monotonic()
+
+        def end(attempt: Attempt) -> None:
+            self._calls.pop(call, None)
+            self._note(attempt)
+
+        return await embed_batch(
+            self.embedder, texts, budget=self.budget, est_tokens=est_tokens, on_send=begin, on_event=end
+        )
 
     def _note(self, attempt: Attempt) -> None:
         if attempt.outcome == RateLimited.code:

@@ -29,7 +29,8 @@ class Increment:
 
 @dataclass(slots=True)
 class ShardResults:
-    """The rows of one shard. A row that has a result keeps its first one, whoever brings another."""
+    """The rows of one shard. A row keeps its first vector, whoever brings another. A vector takes the place of a failure:
+    it proves that the passage can be embedded."""
 
     rows: int
     dimensions: int
@@ -56,10 +57,12 @@ class ShardResults:
 
     def add(self, increment: Increment, *, kept: bool = False) -> int:
         """Take results; how many rows were new. `kept`: they stand in a checkpoint already."""
-        new = [position for position, row in enumerate(increment.rows) if self.statuses[row] == OWED]
+        new = [position for position, row in enumerate(increment.rows) if self.statuses[row] in (OWED, FAILED)]
         rows = increment.rows[new]
         self.vectors[rows] = increment.vectors[new]
         self.statuses[rows] = EMBEDDED
+        for row in rows:
+            self.failures.pop(int(row), None)
         for failure in increment.failures:
             if self.statuses[failure.row] == OWED:
                 self.statuses[failure.row] = FAILED

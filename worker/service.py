@@ -12,14 +12,13 @@ import socket
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import anyio
 from anyio import to_thread
 
-from embedmill.dataset.dataset import Dataset, now_iso
-from embedmill.dataset.layout import DATASET_KEY, Job
-from embedmill.dataset.store import open_store
+from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.layout import Job
 from embedmill.embedder import Embedder
 from embedmill.errors import (
     ConfigurationError,
@@ -27,36 +26,34 @@ from embedmill.errors import (
     EmbedmillError,
     JobFatalError,
     NoBalance,
+    RateLimited,
     StorageError,
     TransientError,
 )
-from embedmill.messages import Task
+from embedmill.failpoints import afailpoint
 from scheduler.budget import RequestBudget
-from scheduler.queue import Lease, Queue
+from scheduler.queue import Queue
 
 from .commit import dead_letters
 from .embedding import ShardEmbedding, Tools
+from .leases import Held, Leases, end_process
+from .opening import OpenDatasets, Troubles
+from .pools import OtherPools
 from .requesting import Requester, WorkerCounts
 
 _log = logging.getLogger("embedmill.worker")
 _IDLE_S = 1.0
-_STOPS_ALL = (JobFatalError, StorageError, CorruptStore, ConfigurationError)
-
-
-@dataclass(slots=True)
-class _Held:
-    """A lease that is ours, the work under it, and the way to stop that work."""
-
-    lease: Lease
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    work: ShardEmbedding | None = None
-    settled: bool = False
+_OF_ONE_DATASET = (StorageError, CorruptStore, ConfigurationError)
 
 
 def pause_job(dataset: Dataset, job: str, reason: str) -> None:
     """Note in the dataset that a job stands still, and why. Blocking."""
-    known = dataset.job(job) or Job(job, created_at=now_iso())
-    dataset.write_job(replace(known, state="paused", reason=reason))
+
+    def pause(known: Job) -> Job:
+        """What somebody stopped on purpose stays as it is."""
+        return replace(known, state="paused", reason=reason, stopped_by="worker") if known.state == "running" else known
+
+    dataset.change_job(job, pause)
 
 
 def _stands_still(dataset: Dataset, job: str) -> bool:
@@ -73,7 +70,10 @@ def worker_name() -> str:
 class Worker:
     """Embeds shards until it is stopped. One per process; `run` may be called once.
 
-    `on_open` is called in a thread with each dataset before anything of it is embedded; what it raises stops the worker.
+    `on_open` is called in a thread with each dataset before anything of it is embedded. patient: a dataset that cannot be
+    read or written (what `on_open` raises included) is tried again later while others go on, and a model that hangs ends
+    the process; else trouble with a dataset ends `run`, and a queue that forgets how often a task was delivered is made up
+    for by notes in the dataset.
     """
 
     def __init__(
@@ -85,13 +85,12 @@ class Worker:
         shards_in_flight: int = 2,
         grace_s: float = 5.0,
         on_open: Callable[[Dataset], None] | None = None,
+        patient: bool = False,
     ) -> None:
-        self._on_open = on_open
         self._queue = queue
         self._grace_s = grace_s
         self._slots = shards_in_flight
-        self._datasets: dict[str, Dataset] = {}
-        self._held: dict[str, _Held] = {}
+        self._patient = patient
         self._wake = anyio.Event()
         self._fatal: EmbedmillError | None = None
         self._tools = Tools(
@@ -101,6 +100,11 @@ class Worker:
             permits=anyio.CapacityLimiter(embedder.limits.concurrency),
             draining=anyio.Event(),
         )
+        self._datasets = OpenDatasets(embedder, on_open)
+        self._troubles = Troubles()
+        self._others = OtherPools(queue, embedder.spec.fingerprint)
+        budget.remember_by(self._datasets.busy_of(budget.key_id))
+        self._leases = Leases(queue, self._tools, on_hung=end_process if patient else self._note_trouble)
 
     @property
     def counts(self) -> WorkerCounts:
@@ -112,17 +116,18 @@ class Worker:
         self._wake.set()
 
     async def run(self, *, on_commit: Callable[[int], None] | None = None) -> None:
-        """Work until `stop`. Raises what makes going on useless: a bad key, no balance, a full disk, a corrupt store."""
+        """Work until `stop`. Raises what makes going on useless: a bad key, no balance, and unless patient a full disk or
+        a corrupt store."""
         async with anyio.create_task_group() as background:
             background.start_soon(self._listen)
-            background.start_soon(self._extend_regularly)
+            background.start_soon(self._leases.keep)
             background.start_soon(self._tools.requester.budget.keep_alive)
             try:
                 async with anyio.create_task_group() as work:
                     while not self._tools.draining.is_set():
                         await self._take(work, on_commit)
                     with anyio.move_on_after(self._grace_s):
-                        while self._held:
+                        while len(self._leases):
                             await self._pause(self._grace_s)
                     work.cancel_scope.cancel()
             finally:
@@ -131,27 +136,22 @@ class Worker:
             raise self._fatal
 
     async def _take(self, work: anyio.abc.TaskGroup, on_commit: Callable[[int], None] | None) -> None:
-        free = self._slots - len(self._held)
-        leases: list[Lease] = []
-        if free > 0:
-            try:
+        free = self._slots - len(self._leases)
+        taken = 0
+        try:
+            if free > 0:
                 with anyio.CancelScope(shield=True):
-                    leases = await self._queue.lease(self._tools.worker, count=free)
-            except TransientError as error:
-                _log.warning("no tasks for now: %s", error)
-        for lease in leases:
-            self._drop_former(lease)
-            held = self._held[lease.epoch] = _Held(lease)
-            work.start_soon(self._work, held, on_commit)
-        if not leases:
+                    fingerprint = self._tools.embedder.spec.fingerprint
+                    leases = await self._queue.lease(self._tools.worker, count=free, fingerprint=fingerprint)
+                for lease in leases:
+                    work.start_soon(self._work, self._leases.add(lease), on_commit)
+                taken = len(leases)
+                if not len(self._leases):
+                    await self._others.look()
+        except TransientError as error:
+            _log.warning("no tasks for now: %s", error)
+        if not taken:
             await self._pause(_IDLE_S)
-
-    def _drop_former(self, lease: Lease) -> None:
-        """A task that expired under us and came back to us: the work under its former lease ends."""
-        for former in self._held.values():
-            if former.lease.task.id == lease.task.id:
-                former.settled = True
-                former.scope.cancel()
 
     async def _pause(self, timeout_s: float) -> None:
         """Sleep until there may be something to do."""
@@ -170,42 +170,36 @@ class Worker:
                 seen = newest
                 self._wake.set()
 
-    async def _extend_regularly(self) -> None:
-        while True:
-            await anyio.sleep(self._queue.lease_s / 4)
-            held = [h for h in self._held.values() if not h.settled]
-            if not held:
-                continue
-            progressed = [h.lease.task.id for h in held if h.work and h.work.progressed()]
-            try:
-                lost = await self._queue.extend([h.lease for h in held], progressed=progressed)
-            except TransientError as error:
-                _log.warning("leases were not extended: %s", error)
-                continue
-            for h in held:
-                if h.lease.task.id in lost and not h.settled:
-                    h.settled = True
-                    h.scope.cancel()
-
-    async def _work(self, held: _Held, on_commit: Callable[[int], None] | None) -> None:
-        lease = held.lease
+    async def _work(self, held: Held, on_commit: Callable[[int], None] | None) -> None:
+        shard = held.lease.task.shard
         with held.scope:
             try:
+                await afailpoint("worker.after_lease")
                 await self._embed(held, on_commit)
             except TransientError as error:
                 await self._later(held, error)
-            except _STOPS_ALL as error:
-                await self._pause_job(lease, error)
+            except JobFatalError as error:
+                await self._pause_job(held, error)
                 self._give_up(error)
+            except _OF_ONE_DATASET as error:
+                if self._patient:
+                    await self._put_off(held, self._troubles.add(held.lease.task, error))
+                else:
+                    self._give_up(error)
             except Exception as error:
-                _log.exception("shard %s", lease.task.shard)
-                self._give_up(EmbedmillError(f"shard {lease.task.shard} failed in an unforeseen way: {error!r}"))
+                _log.exception("shard %s", shard)
+                self._give_up(EmbedmillError(f"shard {shard} failed in an unforeseen way: {error!r}"))
             finally:
                 await self._let_go(held)
 
-    async def _embed(self, held: _Held, on_commit: Callable[[int], None] | None) -> None:
+    async def _embed(self, held: Held, on_commit: Callable[[int], None] | None) -> None:
         task = held.lease.task
-        dataset = await to_thread.run_sync(self._dataset, task)
+        wait_s = self._troubles.delay_s(task)
+        if wait_s > 0:
+            await self._put_off(held, wait_s)
+            return
+        dataset = await to_thread.run_sync(self._datasets.get, task)
+        await afailpoint("worker.after_open")
         if dataset is None or await to_thread.run_sync(_stands_still, dataset, task.job):
             reason = "its dataset is gone" if dataset is None else "its job stands still"
             _log.warning("the task of shard %d of %s is dropped: %s", task.shard, task.dataset, reason)
@@ -213,57 +207,57 @@ class Worker:
                 await self._queue.drop(held.lease)
             held.settled = True
             return
-        held.work = ShardEmbedding(self._tools, dataset, task.shard)
+        deliveries = held.lease.deliveries if self._patient else None
+        held.work = ShardEmbedding(self._tools, dataset, task.shard, deliveries=deliveries)
         marker = await held.work.run()
         if marker is None:
             return
+        self._troubles.over(task)
         with anyio.CancelScope(shield=True):
             await self._queue.finish(task, dead=dead_letters(marker, task))
             held.settled = True
             self._tools.counts.shards += 1
+        await afailpoint("worker.after_finish")
         if on_commit is not None:
             on_commit(task.shard)
 
-    async def _later(self, held: _Held, error: TransientError) -> None:
+    async def _later(self, held: Held, error: TransientError) -> None:
         lease = held.lease
         delay_s = min(60.0, error.retry_after_s or 2.0 ** min(lease.attempts, 6))
-        self._tools.counts.last_trouble = f"{error}; shard {lease.task.shard} goes on in {delay_s:.0f} s"
-        _log.warning("%s", self._tools.counts.last_trouble)
+        self._note_trouble(f"{error}; shard {lease.task.shard} goes on in {delay_s:.0f} s")
         with suppress(TransientError), anyio.CancelScope(shield=True):
-            await self._queue.retry(lease, delay_s=delay_s)
+            await self._queue.retry(lease, delay_s=delay_s, counted=not isinstance(error, RateLimited))
         held.settled = True
 
-    async def _let_go(self, held: _Held) -> None:
-        """Hand back what is not settled: drained, cancelled or failed."""
-        del self._held[held.lease.epoch]
+    async def _put_off(self, held: Held, delay_s: float) -> None:
+        """The dataset is in trouble, not the shard."""
+        with suppress(TransientError), anyio.CancelScope(shield=True):
+            await self._queue.retry(held.lease, delay_s=delay_s, counted=False)
+        held.settled = True
+
+    async def _let_go(self, held: Held) -> None:
+        """Hand back what is not settled: drained, halted, cancelled or failed."""
+        self._leases.remove(held)
         self._wake.set()
         if not held.settled:
             with suppress(TransientError), anyio.move_on_after(3, shield=True):
+                await afailpoint("worker.before_release")
                 await self._queue.release(held.lease)
 
-    async def _pause_job(self, lease: Lease, error: EmbedmillError) -> None:
+    async def _pause_job(self, held: Held, error: JobFatalError) -> None:
         """An empty account stops the job for everybody, until somebody starts it again; a bad key may be ours only."""
-        dataset = self._datasets.get(lease.task.dataset)
+        task = held.lease.task
+        dataset = self._datasets.known(task)
         if isinstance(error, NoBalance) and dataset is not None:
-            await to_thread.run_sync(pause_job, dataset, lease.task.job, str(error))
+            await to_thread.run_sync(pause_job, dataset, task.job, str(error))
+            with suppress(TransientError):
+                await self._queue.pause(task.dataset_id, task.job)
 
     def _give_up(self, error: EmbedmillError) -> None:
         if self._fatal is None:
             self._fatal = error
         self.stop()
 
-    def _dataset(self, task: Task) -> Dataset | None:
-        """The dataset that a task is about; None where it is gone or another one stands in its place."""
-        known = self._datasets.get(task.dataset)
-        if known is None or known.info.id != task.dataset_id:
-            self._datasets.pop(task.dataset, None)
-            if not open_store(task.dataset).exists(DATASET_KEY):
-                return None
-            known = Dataset.open(task.dataset)
-            if known.info.id != task.dataset_id:
-                return None
-            known.require(self._tools.embedder.spec)
-            if self._on_open is not None:
-                self._on_open(known)
-            self._datasets[task.dataset] = known
-        return known
+    def _note_trouble(self, message: str) -> None:
+        self._tools.counts.last_trouble = message
+        _log.warning("%s", message)

@@ -18,11 +18,16 @@ from .options import check_environment, load_config
 
 _COMMANDS = {
     "run": "run:run",
+    "create": "jobs:create",
     "push": "push:push",
     "search": "search:search",
     "status": "status:status",
     "verify": "verify:verify",
     "info": "info:info",
+    "pause": "jobs:pause",
+    "resume": "jobs:resume",
+    "cancel": "jobs:cancel",
+    "dead": "dead:dead",
     "load": "load:load",
     "rehearse": "rehearse:rehearse",
     "scheduler": "services:scheduler",

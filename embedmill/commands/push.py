@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import anyio
 import click
 from anyio import to_thread
+from click.core import ParameterSource
 
 from scheduler.admission import Admitter
 from scheduler.intake import Intake
@@ -15,11 +18,16 @@ from scheduler.queue import Queue
 from scheduler.reconcile import reconcile
 
 from ..dataset.dataset import Dataset
+from ..dataset.layout import DATASET_KEY
+from ..dataset.store import open_store
 from ..dataset.work_lock import dataset_folder
 from ..errors import ConfigurationError
+from ..messages import Lane
 from ..sources import FieldRules, open_source
 from .embedders import ModelChoice, make_embedder
-from .options import check_job_name, output_options, shared, split_names
+from .inbox_push import push_to_inbox
+from .options import check_job_name, make_chunking, output_options, shared, split_names
+from .report import say_remarks
 from .run import remember_job
 from .services import open_service, require_redis, until_signal
 from .standard_input import make_standard_input_stoppable
@@ -28,6 +36,11 @@ from .standard_input import make_standard_input_stoppable
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @shared("to", "redis", "namespace", "model", "dimensions", "task", "text_field", "id_field", "job")
+@shared("chunk", "chunk_overlap", "strict")
+@click.option(
+    "--inbox", metavar="NAME", help="Push through Redis, for a scheduler to admit: needs no dataset and no model."
+)
+@click.option("--lane", type=click.Choice(["live", "bulk"]), help="Lane of a new job; else bulk.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take so many documents only: a first bite.")
 @output_options
 def push(sources: tuple[str, ...], to: str | None, redis: str | None, as_json: bool, **options: Any) -> int:
@@ -35,23 +48,36 @@ def push(sources: tuple[str, ...], to: str | None, redis: str | None, as_json: b
 
     Interrupted, the same command goes on where it was.
     """
-    if to is None:
-        raise ConfigurationError("name the dataset with --to DATASET")
     check_job_name(options["job"])
+    context = click.get_current_context()
+    options["model_named"] = any(
+        context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in ("model", "dimensions", "task")
+    )
+    if options["inbox"] is not None:
+        if to is not None:
+            raise ConfigurationError("--inbox and --to exclude each other: the scheduler knows the dataset of an inbox")
+        return anyio.run(push_to_inbox, sources, require_redis(redis), options, as_json)
+    if to is None:
+        raise ConfigurationError("name the dataset with --to DATASET, or an inbox with --inbox NAME")
     return anyio.run(_push, sources, to, require_redis(redis), options, as_json)
 
 
 async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str, Any], as_json: bool) -> int:
     rules = FieldRules(text_fields=split_names(options["text_field"]), id_field=options["id_field"])
     standard_input = make_standard_input_stoppable() if "-" in sources else None
-    opened = [open_source(argument, rules=rules) for argument in sources]
+    chunking = make_chunking(options)
+    opened = [
+        await to_thread.run_sync(partial(open_source, argument, rules=rules, chunking=chunking)) for argument in sources
+    ]
     dataset = await to_thread.run_sync(_open_dataset, to, options)
     async with open_service(redis) as connection:
         queue = Queue(connection, namespace=options["namespace"])
         index = await to_thread.run_sync(dataset.open_index)
-        remember_job(dataset, options["job"], sources)
-        admitter = Admitter(dataset, index, job=options["job"])
-        intake = Intake(admitter, queue, rejects=dataset_folder(dataset) / "rejects", limit=options["limit"])
+        _begin_job(dataset, options["job"], options["lane"])
+        job = remember_job(dataset, options["job"], sources)
+        admitter = Admitter(dataset, index, job=job.id, lane=job.lane)
+        rejects = dataset_folder(dataset) / "rejects"
+        intake = Intake(admitter, queue, rejects=rejects, limit=options["limit"], strict=options["strict"])
         # Shards that an interrupted push wrote and did not queue.
         await reconcile(dataset, queue)
 
@@ -61,22 +87,41 @@ async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str
                 standard_input.stop()
 
         async with until_signal(stop):
-            await intake.run(opened)
+            try:
+                await intake.run(opened)
+            except ConfigurationError:
+                # With --strict: of the block that ended it, shards may have been closed and not queued.
+                await reconcile(dataset, queue)
+                raise
     counts = admitter.counts
     if as_json:
         record = {"new": counts.new, "changed": counts.updated, "unchanged": counts.unchanged}
-        click.echo(json.dumps({"dataset": to, **record, "rejected": intake.rejected}))
+        click.echo(json.dumps({"dataset": to, **record, "rejected": intake.rejected, "remarks": intake.remarks}))
     else:
         click.echo(
             f"{to}: {counts.new:,} new, {counts.updated:,} changed, {counts.unchanged:,} unchanged documents queued"
         )
         for path, count in intake.reject_files.items():
             click.echo(f"  rejected    {count:,}, listed with their lines in {path}")
+    say_remarks(intake.remarks)
     if not intake.finished:
         return 3
     return int(intake.rejected > 0)
 
 
 def _open_dataset(to: str, options: dict[str, Any]) -> Dataset:
+    """A dataset that is there already says itself what embeds it; the model is asked only when it was named, too."""
+    if not options["model_named"] and open_store(to).exists(DATASET_KEY):
+        return Dataset.open_or_create(to, embedder=Dataset.open(to).info.embedder)
     choice = ModelChoice(options["model"], options["dimensions"], options["task"])
     return Dataset.open_or_create(to, embedder=make_embedder(choice).spec)
+
+
+def _begin_job(dataset: Dataset, job: str, lane: Lane | None) -> None:
+    """Give a new job its lane. Raises ConfigurationError for a job that has another one."""
+    known = dataset.job(job)
+    if lane is None or (known is not None and known.lane == lane):
+        return
+    if known is not None:
+        raise ConfigurationError(f"the job {job} is in the lane {known.lane}, for good: name another with --job")
+    dataset.change_job(job, lambda new: replace(new, lane=lane))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class RunEnded:
         """0 all done; 1 done, but some documents were rejected or failed; 3 stopped before the end."""
         if self.outcome.stopped or summary.owed:
             return 3
-        return int(summary.failed > 0 or self.intake.rejected > 0)
+        return int(summary.open_failures > 0 or self.intake.rejected > 0)
 
 
 def report(ended: RunEnded, summary: DatasetSummary, *, as_json: bool) -> int:
@@ -45,10 +45,17 @@ def report(ended: RunEnded, summary: DatasetSummary, *, as_json: bool) -> int:
     status = ended.status(summary)
     if as_json:
         click.echo(json.dumps(_as_record(ended, summary, status)))
-        return status
-    for line in _lines(ended, summary):
-        click.echo(line)
+    else:
+        for line in _lines(ended, summary):
+            click.echo(line)
+    say_remarks(ended.intake.remarks)
     return status
+
+
+def say_remarks(remarks: Sequence[str]) -> None:
+    """What the summary says of the sources, on stderr: it is advice, and no part of the result."""
+    for remark in remarks:
+        click.echo(f"embedmill: {remark}", err=True)
 
 
 def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
@@ -71,7 +78,8 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
     if summary.owed and not ended.outcome.stopped:
         yield f"  owed        {summary.owed:,}, of jobs that are paused or cancelled"
     if summary.failed:
-        yield f"  failed      {summary.failed:,}; see: embedmill status {shlex.quote(ended.to)} --failed"
+        words = summary.failed_words.replace(" failed", "", 1)
+        yield f"  failed      {words}; see: embedmill status {shlex.quote(ended.to)} --failed"
     for path, count in ended.intake.reject_files.items():
         yield f"  rejected    {count:,}, listed with their lines in {path}"
     yield f"  time        {duration(ended.outcome.seconds)}"
@@ -117,6 +125,7 @@ def _as_record(ended: RunEnded, summary: DatasetSummary, status: int) -> dict[st
             "rate_limited": counts.rate_limited,
             "failed_requests": counts.failed_requests,
         },
+        "remarks": ended.intake.remarks,
         "rejects": [str(path) for path in ended.intake.reject_files],
         "loaded": loader.counts.rows_upserted if loader else None,
         "seconds": round(ended.outcome.seconds, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
@@ -21,16 +22,16 @@ from scheduler.intake import Intake
 from scheduler.queue import Queue
 from worker.attempts import embed_batch
 
-from ..dataset.dataset import Dataset, now_iso
+from ..dataset.dataset import Dataset
 from ..dataset.layout import Job
 from ..dataset.store import LocalStore
 from ..dataset.summary import spent_recently, summarize
 from ..dataset.work_lock import dataset_folder, work_alone
 from ..embedder import Embedder
 from ..errors import ConfigurationError
-from ..sources import FieldRules, Source, open_source
+from ..sources import Chunking, FieldRules, Source, open_source
 from .embedders import ModelChoice, make_budget, make_embedder
-from .options import check_job_name, output_options, shared, split_names
+from .options import check_job_name, make_chunking, output_options, shared, split_names
 from .pipeline import Pipeline, open_connection
 from .report import RunEnded, report
 from .standard_input import StoppableInput, make_standard_input_stoppable
@@ -47,8 +48,8 @@ Examples:
   JINA_API_KEY=... embedmill run corpus.jsonl --model jina/jina-embeddings-v3 --tier paid
   embedmill run pydoc: --to ./demo
 
-Sources: JSON Lines, CSV, TSV (each also .gz or .zst), Parquet, folders of text and Markdown, `-` for JSON Lines
-on standard input, `pydoc:` for the documentation that Python carries.
+Sources: JSON Lines, CSV, TSV (each also .gz or .zst), Parquet, folders of text and Markdown, the same by s3://,
+gs://, az:// or https://, `-` for JSON Lines on standard input, `pydoc:` for the documentation that Python carries.
 
 Exit status: 0 all done; 1 done, but some documents were rejected or failed; 2 usage or configuration;
 3 stopped before the end, run it again to go on.
@@ -62,6 +63,8 @@ class RunRequest:
     sources: tuple[str, ...]
     to: str
     rules: FieldRules
+    chunking: Chunking | None
+    strict: bool
     choice: ModelChoice
     redis: str | None
     namespace: str
@@ -76,7 +79,7 @@ class RunRequest:
 @click.command(epilog=_EPILOG)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @shared("to", "model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency", "text_field", "id_field")
-@shared("milvus")
+@shared("chunk", "chunk_overlap", "strict", "milvus")
 @click.option("--no-milvus", is_flag=True, help="Build the dataset only.")
 @shared("collection", "redis", "namespace", "job")
 @click.option("--limit", type=click.IntRange(min=1), help="Take so many documents only: a first bite.")
@@ -105,6 +108,8 @@ def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
         sources=sources,
         to=to,
         rules=FieldRules(text_fields=split_names(options["text_field"]), id_field=options["id_field"]),
+        chunking=make_chunking(options),
+        strict=options["strict"],
         choice=ModelChoice(**{name: options[name] for name in names}),
         redis=options["redis"],
         namespace=options["namespace"],
@@ -124,7 +129,10 @@ def _default_target(source: str) -> str:
 
 async def _run(request: RunRequest) -> int:
     standard_input = make_standard_input_stoppable() if "-" in request.sources else None
-    sources = [open_source(argument, rules=request.rules) for argument in request.sources]
+    sources = [
+        await to_thread.run_sync(partial(open_source, argument, rules=request.rules, chunking=request.chunking))
+        for argument in request.sources
+    ]
     embedder = await to_thread.run_sync(make_embedder, request.choice)
     try:
         dataset = await to_thread.run_sync(_open_dataset, request, embedder)
@@ -142,6 +150,7 @@ async def _run_on(
     request: RunRequest,
     standard_input: StoppableInput | None,
 ) -> RunEnded:
+    job = remember_job(dataset, request.job, request.sources)
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(open_connection(request.redis))
         # A queue of its own, since this worker knows one model only; the budget of the key is everybody's.
@@ -153,14 +162,14 @@ async def _run_on(
         if loader is not None:
             await stack.enter_async_context(loader)
         index = stack.enter_context(closing(await to_thread.run_sync(dataset.open_index)))
-        admitter = Admitter(dataset, index, job=request.job)
-        intake = Intake(admitter, queue, rejects=dataset_folder(dataset) / "rejects", limit=request.limit)
+        admitter = Admitter(dataset, index, job=job.id, lane=job.lane)
+        rejects = dataset_folder(dataset) / "rejects"
+        intake = Intake(admitter, queue, rejects=rejects, limit=request.limit, strict=request.strict)
         pipeline = Pipeline(
             dataset, index, queue,
             embedder=embedder, budget=budget, intake=intake, admitter=admitter, loader=loader,
             standard_input=standard_input,
         )  # fmt: skip
-        remember_job(dataset, request.job, request.sources)
         outcome = await pipeline.run(sources, quiet=request.as_json)
         return RunEnded(request.to, request.milvus, request.collection, loader, pipeline.worker.counts, intake, outcome)
 
@@ -202,8 +211,28 @@ def _make_loader(dataset: Dataset, request: RunRequest) -> Loader | None:
     return Loader(dataset, MilvusTarget(request.milvus, collection=request.collection))
 
 
-def remember_job(dataset: Dataset, job: str, sources: Sequence[str]) -> None:
-    """Note in the dataset what the job reads, and that it goes on."""
-    known = dataset.job(job) or Job(job, created_at=now_iso())
-    added = tuple(source for source in sources if source not in known.sources)
-    dataset.write_job(replace(known, state="running", reason="", sources=known.sources + added))
+def remember_job(dataset: Dataset, job: str, sources: Sequence[str]) -> Job:
+    """Note in the dataset what the job reads, and that it goes on.
+
+    What a worker paused for want of balance goes on; what a person stopped does not: raises ConfigurationError.
+    """
+
+    def go_on(known: Job) -> Job:
+        require_not_stopped(dataset, known)
+        added = tuple(source for source in sources if source not in known.sources)
+        return replace(known, state="running", reason="", stopped_by="", sources=known.sources + added)
+
+    before = dataset.job(job)
+    after = dataset.change_job(job, go_on)
+    if before is not None and before.state != "running":
+        click.echo(f"embedmill: job {job} was {before.state} ({before.reason}); it goes on", err=True)
+    return after
+
+
+def require_not_stopped(dataset: Dataset, job: Job) -> None:
+    """Raises ConfigurationError for a job that somebody paused or cancelled on purpose."""
+    if job.state != "running" and job.stopped_by == "user":
+        raise ConfigurationError(
+            f"job {job.id} of {dataset.url} is {job.state}: "
+            f"`embedmill resume {job.id} --to {shlex.quote(dataset.url)}` lets it go on, or name another with --job"
+        )

@@ -1,102 +1,165 @@
-"""`embedmill status`: where a dataset stands."""
+"""`embedmill status`: where a dataset stands, and what the queue and its workers are doing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import islice
+from typing import Any
 
 import anyio
 import click
 
 from embedmill.connection import Connection
-from scheduler.queue import Depth, Queue
+from scheduler.queue import Queue
 from worker.checkpoints import count_kept
 
 from ..dataset.dataset import Dataset
-from ..dataset.layout import Failure
+from ..dataset.dead_letters import failed_rows
+from ..dataset.layout import Job
 from ..dataset.summary import DatasetSummary, summarize
-from .options import output_options, shared
+from ..errors import ConfigurationError
+from .fleet import Fleet, RateMeter, Rates, fleet_lines, fleet_record, look_at, time_left
+from .jobs import require_job
+from .options import check_job_name, output_options, shared
+from .watch import watch
 
 _SHOWN_FAILURES = 20
+_RETRY_S = 5.0
 
 
 @click.command()
-@click.argument("dataset", metavar="DATASET")
+@click.argument("dataset", metavar="[DATASET]", required=False)
+@click.argument("job", metavar="[JOB]", required=False)
 @shared("redis", "namespace")
 @click.option("--failed", is_flag=True, help="List the documents that failed, and why.")
+@click.option("--watch", "watching", is_flag=True, help="Go on showing it, until Ctrl-C.")
+@click.option("--every", "every_s", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds.")
 @output_options
-def status(dataset: str, redis: str | None, namespace: str, failed: bool, as_json: bool) -> int:
-    """How many passages of DATASET are embedded, failed and owed; with --redis, what its queue holds."""
-    opened = Dataset.open(dataset)
-    summary = summarize(opened)
-    depth = anyio.run(_depth, redis, namespace) if redis else None
+def status(
+    dataset: str | None, job: str | None, redis: str | None, namespace: str,
+    failed: bool, watching: bool, every_s: float, as_json: bool,
+) -> int:  # fmt: skip
+    """How many passages of DATASET are embedded, failed and owed; with --redis, the backlog, the workers and their pace.
+
+    Without DATASET: everything in the namespace of --redis.
+    """
+    opened = Dataset.open(dataset) if dataset is not None else None
+    if opened is None and redis is None:
+        raise ConfigurationError("name a DATASET, or a queue with --redis URL")
+    if opened is not None and job is not None:
+        check_job_name(job)
+        require_job(opened, job)
+    if watching:
+        if as_json:
+            raise ConfigurationError("--watch is for people: ask for --json again and again instead")
+        return anyio.run(_watch, opened, job, redis, namespace, every_s)
+    fleet, rates = anyio.run(_look_once, opened, job, redis, namespace) if redis else (None, Rates())
     if as_json:
-        click.echo(json.dumps(_as_record(opened, summary, depth)))
+        click.echo(json.dumps(_as_record(opened, job, fleet, rates), ensure_ascii=False))
         return 0
-    for line in _lines(opened, summary, depth):
+    for line in _lines(opened, job, fleet, rates):
         click.echo(line)
-    if failed:
+    if failed and opened is not None:
         for line in _failure_lines(opened):
             click.echo(line)
     return 0
 
 
-async def _depth(redis: str, namespace: str) -> Depth:
-    connection = Connection(redis, retry_for_s=5)
+@asynccontextmanager
+async def _open_queue(redis: str, namespace: str) -> AsyncIterator[Queue]:
+    connection = Connection(redis, retry_for_s=_RETRY_S)
     try:
         await connection.check()
-        return await Queue(connection, namespace=namespace).depth()
+        yield Queue(connection, namespace=namespace)
     finally:
         await connection.aclose()
 
 
-def _lines(dataset: Dataset, summary: DatasetSummary, depth: Depth | None) -> Iterator[str]:
-    kept = count_kept(dataset, dataset.owed())
+async def _look_once(dataset: Dataset | None, job: str | None, redis: str, namespace: str) -> tuple[Fleet, Rates]:
+    async with _open_queue(redis, namespace) as queue:
+        fleet = await look_at(queue, dataset_id=dataset.info.id if dataset else None, job=job)
+    return fleet, RateMeter().note(time.monotonic(), fleet.workers)
+
+
+async def _watch(dataset: Dataset | None, job: str | None, redis: str | None, namespace: str, every_s: float) -> int:
+    if redis is None:
+        await watch(dataset, None, job=job, every_s=every_s)
+    else:
+        async with _open_queue(redis, namespace) as queue:
+            await watch(dataset, queue, job=job, every_s=every_s)
+    return 0
+
+
+def _lines(dataset: Dataset | None, job: str | None, fleet: Fleet | None, rates: Rates) -> Iterator[str]:
+    owed = fleet.backlog()["passages"] if fleet else 0
+    if dataset is not None:
+        summary = summarize(dataset)
+        kept = count_kept(dataset, dataset.owed())
+        owed = summary.owed - kept
+        yield from _dataset_lines(dataset, summary, kept)
+        for known in _jobs(dataset, job):
+            if known.state != "running":
+                yield f"  job         {known.id} is {known.state}: {known.reason}"
+    if fleet is not None:
+        yield from fleet_lines(fleet, rates)
+        left = time_left(int(owed), rates)
+        if left:
+            yield f"  time left   about {left}"
+
+
+def _dataset_lines(dataset: Dataset, summary: DatasetSummary, kept: int) -> Iterator[str]:
     done = summary.admitted - summary.owed + kept
     percent = 100 * done / summary.admitted if summary.admitted else 100
     yield f"{dataset.url}: {done:,} of {summary.admitted:,} passages done ({percent:.0f} %)"
     yield f"  embedded    {summary.embedded:,} ({summary.truncated:,} cut to the model's limit)"
-    yield f"  failed      {summary.failed:,}"
+    yield f"  failed      {summary.failed_words.replace(' failed', '', 1)}"
+    if summary.cancelled:
+        yield f"  cancelled   {summary.cancelled:,}"
     in_checkpoints = f", of which {kept:,} are in checkpoints" if kept else ""
     yield f"  owed        {summary.owed:,}{in_checkpoints}"
     yield f"  tokens      {summary.billed_tokens:,} billed"
     yield f"  shards      {summary.committed_shards:,} committed of {summary.shards:,}"
-    for job in dataset.jobs():
-        if job.state != "running":
-            yield f"  job         {job.id} is {job.state}: {job.reason}"
-    if depth is not None:
-        ready = depth.ready_live + depth.ready_bulk
-        yield f"  queue       {ready:,} ready, {depth.leased:,} leased, {depth.delayed:,} delayed"
 
 
-def _failures(dataset: Dataset) -> Iterator[Failure]:
-    for shard in dataset.committed():
-        marker = dataset.marker(shard)
-        if marker is not None:
-            yield from marker.failures
+def _jobs(dataset: Dataset, job: str | None) -> Sequence[Job]:
+    return [known for known in dataset.jobs() if job in (None, known.id)]
 
 
 def _failure_lines(dataset: Dataset) -> Iterator[str]:
-    failures = _failures(dataset)
-    for failure in islice(failures, _SHOWN_FAILURES):
+    letters = [letter for letter in failed_rows(dataset) if letter.state == "open"]
+    for letter in islice(letters, _SHOWN_FAILURES):
+        failure = letter.failure
         yield f"  {failure.id} (version {failure.version}): {failure.code}: {failure.cause}"
-    more = sum(1 for _ in failures)
-    if more:
-        yield f"  ... and {more:,} more; --json gives all"
+    if len(letters) > _SHOWN_FAILURES:
+        yield f"  ... and {len(letters) - _SHOWN_FAILURES:,} more; --json gives all"
 
 
-def _as_record(dataset: Dataset, summary: DatasetSummary, depth: Depth | None) -> dict[str, object]:
-    return {
-        "dataset": dataset.url,
-        "passages": summary.as_dict(),
-        "in_checkpoints": count_kept(dataset, dataset.owed()),
-        "failures": [failure.as_dict() for failure in _failures(dataset)],
-        "jobs": [{"id": job.id, "state": job.state, "reason": job.reason} for job in dataset.jobs()],
-        "queue": None if depth is None else {
-            "ready": depth.ready_live + depth.ready_bulk,
-            "leased": depth.leased,
-            "delayed": depth.delayed,
-            "dead": depth.dead,
-        },
-    }  # fmt: skip
+def _as_record(dataset: Dataset | None, job: str | None, fleet: Fleet | None, rates: Rates) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    owed = fleet.backlog()["passages"] if fleet else 0
+    if dataset is not None:
+        summary, kept = summarize(dataset), count_kept(dataset, dataset.owed())
+        owed = summary.owed - kept
+        record = {
+            "dataset": dataset.url,
+            "passages": summary.as_dict(),
+            "in_checkpoints": kept,
+            "failures": [{**letter.failure.as_dict(), "state": letter.state} for letter in failed_rows(dataset)],
+            "jobs": [
+                {"id": known.id, "lane": known.lane, "state": known.state, "reason": known.reason}
+                for known in _jobs(dataset, job)
+            ],
+        }
+    if fleet is None:
+        return {**record, "queue": None, "backlog": None}
+    queue = {
+        "ready": sum(depth.ready for depth in fleet.jobs),
+        "leased": fleet.leased,
+        "delayed": sum(depth.delayed for depth in fleet.jobs),
+        "dead": sum(depth.dead for depth in fleet.jobs),
+    }
+    seconds = round(owed / rates.passages_s) if owed and rates.passages_s > 0 else None
+    return {**record, "queue": queue, **fleet_record(fleet, rates), "seconds_left": seconds}

@@ -11,11 +11,15 @@ import anyio
 import click
 from anyio import to_thread
 
+from scheduler.queue import Queue
+from scheduler.reconcile import reconcile
+
 from ..dataset.dataset import Dataset
 from ..dataset.verification import DatasetReport, verify_dataset
 from ..dataset.work_lock import dataset_folder, work_alone
 from ..errors import CorruptStore, StorageError
 from .options import output_options, shared
+from .services import open_service
 
 if TYPE_CHECKING:
     from loader.verification import TargetReport
@@ -30,32 +34,59 @@ Exit status: 0 everything holds; 1 it holds, and some documents failed; 3 some a
 @click.command(epilog=_EPILOG)
 @click.argument("dataset", metavar="DATASET")
 @shared("milvus", "collection")
+@shared("redis", "namespace")
 @click.option(
-    "--repair", is_flag=True, help="Load into Milvus again what differs there, and delete what should not be."
+    "--repair",
+    is_flag=True,
+    help="Put damaged vectors aside; with --milvus, load again what differs there; with --redis, queue what is owed.",
 )
 @output_options
-def verify(dataset: str, milvus: str | None, collection: str | None, repair: bool, as_json: bool) -> int:
-    """Read DATASET back and hold documents, markers and vectors against each other; with --milvus, what it serves too."""
-    return anyio.run(_verify, Dataset.open(dataset), milvus, collection, repair, as_json)
+def verify(
+    dataset: str, milvus: str | None, collection: str | None, redis: str | None, namespace: str,
+    repair: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Read DATASET back and hold documents, markers and vectors against each other; with --milvus, what it serves too.
+
+    With --repair and --redis, a queue that was lost is rebuilt: the tasks of what is owed, and which jobs are paused.
+    """
+    queue = (redis, namespace) if repair and redis else None
+    return anyio.run(_verify, Dataset.open(dataset), milvus, collection, queue, repair, as_json)
 
 
-async def _verify(dataset: Dataset, milvus: str | None, collection: str | None, repair: bool, as_json: bool) -> int:
+async def _verify(
+    dataset: Dataset,
+    milvus: str | None,
+    collection: str | None,
+    queue: tuple[str, str] | None,
+    repair: bool,
+    as_json: bool,
+) -> int:
     with suppress(StorageError, CorruptStore):
         # Whoever looks may raise the shape: between two passes of a scheduler it lags behind what is committed.
         await to_thread.run_sync(dataset.publish_shape)
     report = await to_thread.run_sync(verify_dataset, dataset)
     if repair:
         report.set_aside = await to_thread.run_sync(_put_aside, dataset, report)
+    queued = await _rebuild(dataset, *queue) if queue is not None else None
     target = await _verify_target(dataset, milvus, collection, repair=repair) if milvus and report.passed else None
     status = _status(report, target)
     if as_json:
-        click.echo(json.dumps({"status": status, **report.as_dict(), "milvus": target.as_dict() if target else None}))
+        milvus_record = target.as_dict() if target else None
+        click.echo(json.dumps({"status": status, **report.as_dict(), "queued": queued, "milvus": milvus_record}))
         return status
     _print_dataset(dataset, report)
+    if queued is not None:
+        click.echo(f"queue: {queued:,} shards were owed and not queued; they are now")
     if target is not None:
         for line in _target_lines(milvus or "", target):
             click.echo(line)
     return status
+
+
+async def _rebuild(dataset: Dataset, redis: str, namespace: str) -> int:
+    """Queue what is owed and has no task; how many tasks."""
+    async with open_service(redis) as connection:
+        return await reconcile(dataset, Queue(connection, namespace=namespace))
 
 
 async def _verify_target(dataset: Dataset, milvus: str, collection: str | None, *, repair: bool) -> TargetReport:
@@ -90,7 +121,7 @@ def _status(report: DatasetReport, target: TargetReport | None) -> int:
         return 4
     if report.summary.owed:
         return 3
-    return int(report.summary.failed > 0)
+    return int(report.summary.open_failures > 0)
 
 
 def _target_lines(milvus: str, target: TargetReport) -> Iterator[str]:
@@ -118,7 +149,7 @@ def _print_dataset(dataset: Dataset, report: DatasetReport) -> None:
             click.echo("`embedmill verify --repair` puts damaged vectors aside, to be embedded again by the next run")
         return
     click.echo(
-        f"{dataset.url}: {summary.admitted:,} accepted = {summary.embedded:,} embedded + {summary.failed:,} failed"
+        f"{dataset.url}: {summary.admitted:,} accepted = {summary.embedded:,} embedded + {summary.failed_words}"
         f" + {summary.deleted:,} deleted + {summary.cancelled:,} cancelled + {summary.owed:,} owed"
     )
     click.echo(f"every checksum holds ({report.bytes_read / 1e6:,.1f} MB read back in {summary.shards:,} shards)")

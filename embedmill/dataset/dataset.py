@@ -7,8 +7,9 @@ has retired it and, if it was written as a replacement, when a retirement has pu
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def now_iso() -> str:
     return datetime.now(tz=UTC).isoformat(timespec="milliseconds")
 
 
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What is asked again and again of an admitted shard. retries: row -> (shard, row) of the failure tried again."""
+
+    job: str
+    rows: int
+    retries: Mapping[int, tuple[int, int]]
+
+
 class Dataset:
     """A dataset at a URL. Cheap to hold; every method reads what is stored now."""
 
@@ -38,6 +48,7 @@ class Dataset:
         self.store = store
         self.info = info
         self._markers: dict[int, Marker] = {}
+        self._admissions: dict[int, Admission] = {}
 
     @classmethod
     def open(cls, url: str) -> Dataset:
@@ -128,6 +139,13 @@ class Dataset:
     def origin(self, shard: int) -> ShardOrigin:
         """Where the rows of a shard came from."""
         return self.documents(shard, columns=["version"])[1]
+
+    def admission(self, shard: int) -> Admission:
+        """The job of a shard and its size. Shards of the log never change, so they are read once."""
+        if shard not in self._admissions:
+            table, origin = self.documents(shard, columns=["version"])
+            self._admissions[shard] = Admission(origin.job, table.num_rows, origin.retries)
+        return self._admissions[shard]
 
     def marker(self, shard: int) -> Marker | None:
         """What was committed as this shard; None while it is owed. Markers never change, so they are remembered."""
@@ -256,17 +274,22 @@ class Dataset:
 
     def write_job(self, job: Job) -> Job:
         """Write a job's record over whatever it says now."""
-        key = layout.job_key(job.id)
+        return self.change_job(job.id, lambda _known: job)
+
+    def change_job(self, job: str, change: Callable[[Job], Job]) -> Job:
+        """Change a job's record by compare-and-swap. `change` gets it as it stands, a new one where there is none; it is
+        called again when somebody else was faster, and what it raises leaves the record as it is."""
+        key = layout.job_key(job)
         while True:
             current = self.store.read_or_none(key)
-            data = job.to_bytes()
+            known = Job(job, created_at=now_iso()) if current is None else Job.from_bytes(current, name=self._name(key))
+            changed = change(known)
+            data = changed.to_bytes()
             if current == data:
-                return job
-            try:
+                return changed
+            with suppress(ObjectChanged):
                 self.store.swap(key, data, expected=current)
-            except ObjectChanged:
-                continue
-            return job
+                return changed
 
     def _end_of_committed(self) -> int:
         markers = layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json")

@@ -17,25 +17,36 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..documents import Cursor
+from ..documents import KEYLESS_PREFIX, Cursor
 from ..errors import StorageError
 from .passages import ShardOrigin
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS passages (
   id TEXT NOT NULL, version INTEGER NOT NULL, shard INTEGER NOT NULL, row INTEGER NOT NULL,
-  text_hash BLOB, metadata_hash BLOB, deleted INTEGER NOT NULL, push INTEGER NOT NULL,
+  text_hash BLOB, metadata_hash BLOB, deleted INTEGER NOT NULL, "group" TEXT, push INTEGER NOT NULL,
   PRIMARY KEY (id, version)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS passages_by_group ON passages ("group") WHERE "group" IS NOT NULL;
 CREATE TABLE IF NOT EXISTS pushes (
   number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, name TEXT, cursor TEXT, shard INTEGER NOT NULL, row INTEGER NOT NULL
 );
-CREATE TABLE IF NOT EXISTS shards (shard INTEGER PRIMARY KEY, rows INTEGER NOT NULL, replaces INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS batches (
+  key TEXT PRIMARY KEY, record INTEGER NOT NULL, shard INTEGER NOT NULL, kept INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS batches_by_shard ON batches (shard) WHERE kept = 0;
+CREATE TABLE IF NOT EXISTS shards (
+  shard INTEGER PRIMARY KEY, rows INTEGER NOT NULL, replaces INTEGER NOT NULL, batches INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS shards_with_batches ON shards (shard) WHERE batches > 0;
 """
-_COLUMNS = ("id", "version", "text_hash", "metadata_hash", "deleted")
+_COLUMNS = ("id", "version", "text_hash", "metadata_hash", "deleted", "group")
 INDEXED_COLUMNS = list(_COLUMNS)
 _LOOKUP_BLOCK = 500
+# Batches that were given no key have one made of their message's id. It is asked for while the message may still be in the
+# inbox, so those of as many shards, counting the shards that came through the inbox, are enough.
+_KEPT_SHARDS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,7 @@ class Known:
     metadata_hash: bytes
     deleted: bool
     push_key: str
+    group: str | None = None
 
 
 class DatasetIndex:
@@ -78,14 +90,15 @@ class DatasetIndex:
             if not origin.replaces:
                 values = zip(*(table.column(name).to_pylist() for name in _COLUMNS), strict=True)
                 self._connection.executemany(
-                    "INSERT OR REPLACE INTO passages (id, version, text_hash, metadata_hash, deleted, shard, row, push)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    'INSERT OR REPLACE INTO passages (id, version, text_hash, metadata_hash, deleted, "group",'
+                    " shard, row, push) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     ((*value, shard, row, pushes[row]) for row, value in enumerate(values)),
                 )
             self._execute(
-                "INSERT INTO shards (shard, rows, replaces) VALUES (?, ?, ?)",
-                (shard, table.num_rows, len(origin.replaces)),
+                "INSERT INTO shards (shard, rows, replaces, batches) VALUES (?, ?, ?, ?)",
+                (shard, table.num_rows, len(origin.replaces), len(origin.batches)),
             )
+            self._remember_batches(origin)
         return True
 
     def newest(self, ids: Sequence[str]) -> dict[str, Known]:
@@ -94,12 +107,32 @@ class DatasetIndex:
         for block in _blocks(ids):
             marks = ",".join("?" * len(block))
             rows = self._execute(
-                "SELECT p.id, max(p.version), p.shard, p.row, p.text_hash, p.metadata_hash, p.deleted, k.key"
+                'SELECT p.id, max(p.version), p.shard, p.row, p.text_hash, p.metadata_hash, p.deleted, k.key, p."group"'
                 f" FROM passages p LEFT JOIN pushes k ON k.number = p.push WHERE p.id IN ({marks}) GROUP BY p.id",
                 block,
             )
-            for id_, version, shard, row, text_hash, metadata_hash, deleted, key in rows:
-                found[id_] = Known(version, shard, row, text_hash, metadata_hash, bool(deleted), key or "")
+            for id_, version, shard, row, text_hash, metadata_hash, deleted, key, group in rows:
+                found[id_] = Known(version, shard, row, text_hash, metadata_hash, bool(deleted), key or "", group)
+        return found
+
+    def members(self, groups: Sequence[str]) -> dict[str, set[str]]:
+        """By group, the ids of its passages in any of their versions."""
+        found: dict[str, set[str]] = {}
+        if not self._execute('SELECT 1 FROM passages WHERE "group" IS NOT NULL LIMIT 1'):
+            return found
+        for block in _blocks(groups):
+            marks = ",".join("?" * len(block))
+            statement = f'SELECT "group", id FROM passages WHERE "group" IS NOT NULL AND "group" IN ({marks})'
+            for group, id_ in self._execute(statement, block):
+                found.setdefault(group, set()).add(id_)
+        return found
+
+    def batches(self, keys: Sequence[str]) -> dict[str, int]:
+        """How many documents of each batch of the inbox the log holds, of those that it knows."""
+        found: dict[str, int] = {}
+        for block in _blocks(keys):
+            marks = ",".join("?" * len(block))
+            found.update(self._execute(f"SELECT key, record FROM batches WHERE key IN ({marks})", block))
         return found
 
     def versions(self, ids: Sequence[str]) -> dict[str, list[tuple[int, int, int]]]:
@@ -149,7 +182,8 @@ class DatasetIndex:
             return push_key, None
         key, cursor, shard, row = known[0]
         later = self._execute("SELECT key FROM pushes WHERE shard > ? OR (shard = ? AND row > ?)", (shard, shard, row))
-        if any(other.partition(".")[0] not in beside for (other,) in later):
+        through_inbox = self._execute("SELECT 1 FROM shards WHERE batches > 0 AND shard > ? LIMIT 1", (shard,))
+        if through_inbox or any(other.partition(".")[0] not in beside for (other,) in later):
             return f"{push_key}.{self.next_shard}", None
         return key, Cursor(**json.loads(cursor))
 
@@ -177,6 +211,20 @@ class DatasetIndex:
             number = self._execute("SELECT number FROM pushes WHERE key = ?", (source.push_key,))[0][0]
             pushes[source.first_row :] = [int(number)] * (rows - source.first_row)
         return pushes
+
+    def _remember_batches(self, origin: ShardOrigin) -> None:
+        if not origin.batches:
+            return
+        self._connection.executemany(
+            "INSERT INTO batches (key, record, shard, kept) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE"
+            " SET record = max(record, excluded.record), shard = excluded.shard",
+            ((b.key, b.record, origin.shard, int(not b.key.startswith(KEYLESS_PREFIX))) for b in origin.batches),
+        )
+        self._execute(
+            "DELETE FROM batches WHERE kept = 0 AND shard <="
+            " (SELECT shard FROM shards WHERE batches > 0 ORDER BY shard DESC LIMIT 1 OFFSET ?)",
+            (_KEPT_SHARDS,),
+        )
 
     def _open(self) -> sqlite3.Connection:
         try:

@@ -29,8 +29,10 @@ COMMITS_FOLDER = "commits"
 RETIREMENTS_FOLDER = "retirements"
 JOBS_FOLDER = "jobs"
 SPEND_FOLDER = "spend"
+DROPPED_KEY = "dead/dropped.jsonl"
 
 JobState = Literal["running", "paused", "cancelled"]
+StoppedBy = Literal["", "user", "worker"]
 Status = Literal["owed", "embedded", "failed", "deleted", "cancelled"]
 STATUSES: tuple[Status, ...] = ("owed", "embedded", "failed", "deleted", "cancelled")
 _SPEC_FIELDS = {field.name for field in fields(EmbedderSpec)}
@@ -180,6 +182,7 @@ class Marker:
     """`commits/K.json`, written last: from then on the shard is done, and this is what is true of it.
 
     statuses: (rows,) uint8, positions in STATUSES. billed_tokens: what all attempts together were billed, as far as known.
+    retries: row -> (shard, row) of the failure that it tries again; that one does not count any more.
     """
 
     shard: int
@@ -194,6 +197,7 @@ class Marker:
     truncated: tuple[int, ...] = ()
     replaces: tuple[int, ...] = ()
     objects: Mapping[str, StoredObject] = field(default_factory=dict)
+    retries: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -212,6 +216,7 @@ class Marker:
                 "failures": [failure.as_dict() for failure in self.failures],
                 "truncated": list(self.truncated),
                 "replaces": list(self.replaces),
+                "retries": [[row, *place] for row, place in sorted(self.retries.items())],
                 "billed_tokens": self.billed_tokens,
                 "requests": self.requests,
                 "fingerprint": self.fingerprint,
@@ -239,6 +244,7 @@ class Marker:
                 failures=tuple(Failure(**known(Failure, failure)) for failure in record["failures"]),
                 truncated=tuple(record["truncated"]),
                 replaces=tuple(record["replaces"]),
+                retries={row: (shard, old_row) for row, shard, old_row in record.get("retries", [])},
                 objects={key: StoredObject(**known(StoredObject, value)) for key, value in record["objects"].items()},
             )
             rows = record["rows"]
@@ -251,7 +257,10 @@ class Marker:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`jobs/JOB.json`: what was asked for, and whether it goes on. Changed by compare-and-swap only."""
+    """`jobs/JOB.json`: what was asked for, and whether it goes on. Changed by compare-and-swap only.
+
+    stopped_by: who paused or cancelled it; a worker does so for want of balance, and then `run` and `push` start it again.
+    """
 
     id: str
     lane: Literal["live", "bulk"] = "bulk"
@@ -260,6 +269,7 @@ class Job:
     sources: tuple[str, ...] = ()
     caps: Mapping[str, int] = field(default_factory=dict)
     created_at: str = ""
+    stopped_by: StoppedBy = ""
 
     def to_bytes(self) -> bytes:
         return to_json(
@@ -269,6 +279,7 @@ class Job:
                 "lane": self.lane,
                 "state": self.state,
                 "reason": self.reason,
+                "stopped_by": self.stopped_by,
                 "sources": list(self.sources),
                 "caps": dict(self.caps),
                 "created_at": self.created_at,

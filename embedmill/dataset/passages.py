@@ -63,10 +63,22 @@ class SourcePosition:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchPosition:
+    """How much of a batch of the inbox the log holds: its first `record` documents. Its rows begin at `first_row`, and end
+    where those of the next batch begin; a batch that changed nothing has none."""
+
+    key: str
+    record: int
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardOrigin:
     """The document file's own metadata.
 
-    carried: row -> (shard, row) whose text was the same, so that its vector can be taken over; replaces: the shards
+    carried: row -> (shard, row) whose text was the same, so that its vector can be taken over; retries: row -> (shard, row)
+    that failed, and is tried again under the same id and version; batches: what came through the inbox, in the order of its
+    stream; replaces: the shards
     that this one was written to replace (it does not count before a retirement says so); erased: the shard was retired
     and its rows are gone; the object stays, empty, since the log is dense.
     """
@@ -77,6 +89,8 @@ class ShardOrigin:
     carried: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     replaces: tuple[int, ...] = ()
     erased: bool = False
+    retries: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    batches: tuple[BatchPosition, ...] = ()
 
 
 def passages_table(passages: Sequence[Passage], *, origin: ShardOrigin) -> pa.Table:
@@ -120,8 +134,10 @@ def _origin_to_json(origin: ShardOrigin) -> bytes:
         "shard": origin.shard,
         "job": origin.job,
         "sources": [source.as_dict() for source in origin.sources],
+        "batches": [[batch.key, batch.record, batch.first_row] for batch in origin.batches],
         "carried": [[row, *place] for row, place in sorted(origin.carried.items())],
         "replaces": list(origin.replaces),
+        "retries": [[row, *place] for row, place in sorted(origin.retries.items())],
         "erased": origin.erased,
     }
     return json.dumps(record, ensure_ascii=False).encode()
@@ -139,7 +155,9 @@ def _origin_from_json(raw: bytes, *, name: str) -> ShardOrigin:
             if source["kind"] == "push"
         )
         carried = {row: (shard, old_row) for row, shard, old_row in record["carried"]}
+        retries = {row: (shard, old_row) for row, shard, old_row in record.get("retries", [])}
+        batches = tuple(BatchPosition(*batch) for batch in record.get("batches", []))
         replaces, erased = tuple(record["replaces"]), bool(record["erased"])
-        return ShardOrigin(record["shard"], record["job"], sources, carried, replaces, erased)
+        return ShardOrigin(record["shard"], record["job"], sources, carried, replaces, erased, retries, batches)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptStore(f"the embedmill metadata of {name} is damaged: {error}") from error

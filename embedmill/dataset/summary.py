@@ -11,13 +11,15 @@ from typing import Any
 
 from . import layout
 from .dataset import Dataset
+from .dead_letters import failed_rows
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """Rows by what became of them. admitted = embedded + failed + deleted + cancelled + owed.
+    """Accepted (id, version) by what became of them. admitted = embedded + failed + deleted + cancelled + owed.
 
-    billed_tokens: of all attempts of all workers, as their spend logs say.
+    A failure that was tried again counts as what came of that. dropped, superseded: those of the failed that nobody has to
+    look at any more. billed_tokens: of all attempts of all workers, as their spend logs say.
     """
 
     shards: int
@@ -30,6 +32,19 @@ class DatasetSummary:
     owed: int
     truncated: int
     billed_tokens: int
+    dropped: int = 0
+    superseded: int = 0
+
+    @property
+    def open_failures(self) -> int:
+        """Failures that somebody should look at: what ends commands with status 1."""
+        return self.failed - self.dropped - self.superseded
+
+    @property
+    def failed_words(self) -> str:
+        """For example: 3 failed (1 dropped, 1 superseded)."""
+        notes = [f"{n:,} {word}" for n, word in ((self.dropped, "dropped"), (self.superseded, "superseded")) if n]
+        return f"{self.failed:,} failed" + (f" ({', '.join(notes)})" if notes else "")
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -39,7 +54,10 @@ def summarize(dataset: Dataset) -> DatasetSummary:
     """Count a dataset. Cheap: markers for what is committed, Parquet footers for what is owed."""
     shards = dataset.admitted()
     markers = [marker for shard in dataset.committed() if (marker := dataset.marker(shard)) is not None]
-    owed = sum(dataset.documents(shard, columns=["version"])[0].num_rows for shard in dataset.owed())
+    admissions = [dataset.admission(shard) for shard in dataset.owed()]
+    owed = sum(admission.rows for admission in admissions)
+    retries = sum(len(marker.retries) for marker in markers) + sum(len(a.retries) for a in admissions)
+    failures = failed_rows(dataset)
 
     def count(status: int) -> int:
         return sum(marker.count(status) for marker in markers)
@@ -48,14 +66,16 @@ def summarize(dataset: Dataset) -> DatasetSummary:
     return DatasetSummary(
         shards=len(shards),
         committed_shards=len(markers),
-        admitted=sum(marker.rows for marker in markers) + owed,
+        admitted=sum(marker.rows for marker in markers) + owed - retries,
         embedded=count(layout.EMBEDDED),
-        failed=count(layout.FAILED),
+        failed=len(failures),
         deleted=count(layout.DELETED),
         cancelled=count(layout.CANCELLED),
         owed=owed,
         truncated=sum(len(marker.truncated) for marker in markers),
         billed_tokens=max(in_markers, sum(line["tokens"] for line in _spend_lines(dataset))),
+        dropped=sum(letter.state == "dropped" for letter in failures),
+        superseded=sum(letter.state == "superseded" for letter in failures),
     )
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from ..errors import CorruptStore
 from . import layout
 from .dataset import Dataset, describe
 from .layout import Marker
-from .passages import decode_passages
+from .passages import ShardOrigin, decode_passages
 from .summary import DatasetSummary, summarize
 
 
@@ -98,6 +99,7 @@ def _check_shard(dataset: Dataset, shard: int, report: DatasetReport) -> Iterato
     if marker.fingerprint != dataset.info.embedder.fingerprint:
         yield Problem(layout.commit_key(shard), "vectors of another embedder")
     yield from _check_statuses(marker, deleted=np.array(table["deleted"].to_pylist(), dtype=bool))
+    yield from _check_retries(dataset, marker, origin, table)
     yield from _check_vectors(dataset, marker, report)
 
 
@@ -111,6 +113,17 @@ def _check_statuses(marker: Marker, *, deleted: np.ndarray) -> Iterator[Problem]
         yield Problem(key, f"{len(failed)} failed rows and the causes of {len(marker.failures)}")
     if (deleted & (marker.statuses == layout.EMBEDDED)).any():
         yield Problem(key, "deleted rows are marked as embedded")
+
+
+def _check_retries(dataset: Dataset, marker: Marker, origin: ShardOrigin, table: pa.Table) -> Iterator[Problem]:
+    """What a row tries again is a failure of the same id and version."""
+    if marker.retries != origin.retries:
+        yield Problem(layout.commit_key(marker.shard), "it tries other rows again than its documents say")
+    for row, (shard, old_row) in origin.retries.items():
+        earlier = dataset.marker(shard)
+        failed = {(f.row, f.id, f.version) for f in earlier.failures} if earlier else set()
+        if (old_row, table["id"][row].as_py(), table["version"][row].as_py()) not in failed:
+            yield Problem(layout.documents_key(marker.shard), f"row {row} tries again what did not fail")
 
 
 def _check_vectors(dataset: Dataset, marker: Marker, report: DatasetReport) -> Iterator[Problem]:

@@ -1,7 +1,8 @@
-"""Where documents come from: files, folders, standard input, the documentation of the running Python."""
+"""Where documents come from: files, folders, object stores, standard input, the documentation of the running Python."""
 
+from .chunks import Chunking
 from .fields import FieldRules
 from .opening import Source, open_source
 from .rejects import RejectFile
 
-__all__ = ["FieldRules", "RejectFile", "Source", "open_source"]
+__all__ = ["Chunking", "FieldRules", "RejectFile", "Source", "open_source"]

@@ -2,7 +2,8 @@
 
 Id:
 - With `id_field`, that field; missing or null, the record is rejected.
-- Otherwise the record's `id`, else its `_id`, else `FILE:LINE`, with the record's number in place of the line for tables.
+- Otherwise the record's `id`, else its `_id`, else `FILE:LINE`, with the record's number in place of the line for tables
+  and Parquet. FILE is the file's name without its folder, `stdin` for standard input.
 - A string, or an integer in its decimal form. Not empty, at most 512 bytes of UTF-8, no control characters.
 
 Text:
@@ -11,7 +12,7 @@ Text:
 
 Metadata:
 - Every other field, as canonical JSON, at most 60 KiB: a Milvus JSON field takes 65,536 bytes.
-- A value that JSON cannot hold (NaN, infinity, bytes) rejects the record.
+- A value that JSON cannot hold (NaN, infinity) rejects the record. Parquet's are converted: `embedmill.sources.parquet`.
 """
 
 from __future__ import annotations
@@ -171,6 +172,12 @@ def encode_text(text: str, *, what: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         raise RecordRefused(f"{what} has a lone surrogate, which UTF-8 cannot hold") from None
+
+
+def remark_default_ids(name: str, rule: str) -> list[str]:
+    """What the summary says of a source whose records had no ids of their own."""
+    unit = "lines" if rule == "FILE:LINE" else "rows"
+    return [f"{name}: ids are {rule}: inserting {unit} changes them; name --id-field"]
 
 
 def name_fields(fields: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 
 from ..documents import Cursor, Reject, SourceDocument
-from .fields import FieldRules, build_document, name_type
+from .fields import FieldRules, build_document, name_type, remark_default_ids
 from .lines import MAX_LINE_BYTES, LineStream, StreamBroken, explain_bad_utf8, is_cut
 
 _scan = json.JSONDecoder().raw_decode
@@ -28,12 +28,16 @@ class JsonLinesSource:
         self.push_key = push_key
         self._stream = stream
         self._rules = rules
+        self._default_ids = False
 
     def total_bytes(self) -> int | None:
         return self._stream.total_bytes()
 
     def position_bytes(self, cursor: Cursor) -> int:
         return self._stream.position_bytes(cursor)
+
+    def remarks(self) -> list[str]:
+        return remark_default_ids(self.name, "FILE:LINE") if self._default_ids else []
 
     def read(self, *, after: Cursor | None = None) -> Iterator[SourceDocument | Reject]:
         """Yield documents and rejects in line order, starting right behind `after`."""
@@ -53,7 +57,9 @@ class JsonLinesSource:
                 except LineRefused as refused:
                     yield Reject(place, str(refused), cursor)
                 else:
-                    yield build_document(fields, rules=rules, fallback_id=place, place=place, cursor=cursor)
+                    document = build_document(fields, rules=rules, fallback_id=place, place=place, cursor=cursor)
+                    self._default_ids = self._default_ids or document.id == place
+                    yield document
         except StreamBroken as broken:
             reason = f"the file cannot be read from here on: {broken}"
             yield Reject(f"{label}:{line_number + 1}", reason, Cursor(0, record + 1, offset, line_number + 1))

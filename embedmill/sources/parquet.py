@@ -1,16 +1,19 @@
 """Parquet: one document per row; the place and the implied id are `FILE:RECORD`, counted from 1.
 
-Dates and times become ISO 8601, decimals, durations and UUIDs strings. Rows are read a few MiB at a time. A row group that
-cannot be decoded is one reject, and the next group is read.
+Dates and times become ISO 8601, decimals, durations and UUIDs strings; in metadata also NaN, infinities and times outside of
+the years 1 to 9999 null, and bytes base64. Rows are read a few MiB at a time. A row group that cannot be decoded is one
+reject, and the next group is read.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime
 import decimal
+import math
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +21,8 @@ import pyarrow.parquet as pq
 
 from ..documents import Cursor, Reject, SourceDocument
 from ..errors import ConfigurationError
-from .fields import FieldRules, build_document, first_line, printable
+from .fields import IMPLIED_ID_FIELDS, FieldRules, build_document, first_line, remark_default_ids
+from .files import SourceFile
 
 BATCH_BYTES = 8 * 1024 * 1024
 MAX_BATCH_ROWS = 2048
@@ -28,29 +32,37 @@ class UnreadableValue:
     """Stands for a cell that Arrow cannot turn into a Python value; no field rule accepts it."""
 
 
+class UnheldTime(UnreadableValue):
+    """A time outside of the years 1 to 9999, which Arrow has and Python and ISO 8601 have not."""
+
+
 class ParquetSource:
     """Documents of a Parquet file.
 
     Raises ConfigurationError at once when the file is damaged or lacks a column that the rules name.
     """
 
-    def __init__(self, path: Path, *, name: str, rules: FieldRules, push_key: str) -> None:
-        self.name = name
+    def __init__(self, file: SourceFile, *, rules: FieldRules, push_key: str) -> None:
+        self.name = file.name
         self.push_key = push_key
-        self._path = path
-        self._label = printable(path.name)
+        self._file = file
+        self._label = file.label
         self._rules = rules
-        with self._open() as file:
-            rules.check_columns(file.schema_arrow.names, name=name)
-            self._rows = file.metadata.num_rows
-        self._size_bytes = path.stat().st_size
+        self._identity = {*rules.text_fields, *((rules.id_field,) if rules.id_field else IMPLIED_ID_FIELDS)}
+        self._default_ids = False
+        with self._open() as opened:
+            rules.check_columns(opened.schema_arrow.names, name=file.name)
+            self._rows = opened.metadata.num_rows
 
     def total_bytes(self) -> int:
-        return self._size_bytes
+        return self._file.size_bytes
 
     def position_bytes(self, cursor: Cursor) -> int:
         """Bytes of the file in proportion to the rows read."""
-        return self._size_bytes * cursor.record // self._rows if self._rows else 0
+        return self._file.size_bytes * cursor.record // self._rows if self._rows else 0
+
+    def remarks(self) -> list[str]:
+        return remark_default_ids(self.name, "FILE:RECORD") if self._default_ids else []
 
     def read(self, *, after: Cursor | None = None) -> Iterator[SourceDocument | Reject]:
         """Yield documents and rejects in row order, starting right behind `after`."""
@@ -82,18 +94,28 @@ class ParquetSource:
 
     def _build(self, batch: pa.RecordBatch, *, record: int) -> Iterator[SourceDocument | Reject]:
         names = batch.schema.names
-        columns = [to_python(column) for column in batch.columns]
+        columns = [
+            to_python(column) if name in self._identity else [to_metadata(value) for value in to_python(column)]
+            for name, column in zip(names, batch.columns, strict=True)
+        ]
         for values in zip(*columns, strict=True):
             record += 1
             place = f"{self._label}:{record}"
             fields = dict(zip(names, values, strict=True))
-            yield build_document(fields, rules=self._rules, fallback_id=place, place=place, cursor=Cursor(0, record))
+            document = build_document(
+                fields, rules=self._rules, fallback_id=place, place=place, cursor=Cursor(0, record)
+            )
+            self._default_ids = self._default_ids or document.id == place
+            yield document
 
-    def _open(self) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self._path)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ConfigurationError(f"{self.name}: cannot be read as Parquet: {first_line(error)}") from None
+    @contextmanager
+    def _open(self) -> Iterator[pq.ParquetFile]:
+        with self._file.open() as raw:
+            try:
+                file = pq.ParquetFile(pa.PythonFile(raw, mode="r"))
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise ConfigurationError(f"{self.name}: cannot be read as Parquet: {first_line(error)}") from None
+            yield file
 
 
 def choose_batch_rows(metadata: pq.RowGroupMetaData) -> int:
@@ -125,7 +147,22 @@ def to_python_value(value: pa.Scalar[Any]) -> object:
     try:
         return value.as_py()
     except (pa.ArrowException, ValueError, OverflowError):
-        return UnreadableValue()
+        return UnheldTime() if pa.types.is_temporal(value.type) else UnreadableValue()
+
+
+def to_metadata(value: object) -> object:
+    """A value of `to_python` as JSON can hold it: NaN, infinities and far times as null, bytes as base64."""
+    if isinstance(value, UnheldTime):
+        return None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, dict):
+        return {key: to_metadata(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_metadata(item) for item in value]
+    return value
 
 
 def to_plain(value: object) -> object:

@@ -98,6 +98,9 @@ class PydocSource:
         ends = passage_ends()
         return ends[min(cursor.record, len(ends) - 1)]
 
+    def remarks(self) -> list[str]:
+        return []
+
     def read(self, *, after: Cursor | None = None) -> Iterator[SourceDocument]:
         """Yield the passages behind `after`. The first call imports the documented modules: a second or so."""
         passages = collect_passages()

@@ -86,6 +86,8 @@ def read_cursor(line: str) -> Cursor | None:
         return None
     try:
         stored = json.loads(line)["cursor"]
-        return Cursor(**{name: stored[name] for name in ("file", "record", "offset", "line")})
+        # `part` came later than the others: files of earlier releases lack it.
+        names = ("file", "record", "offset", "line", *(("part",) if "part" in stored else ()))
+        return Cursor(**{name: stored[name] for name in names})
     except (ValueError, TypeError, KeyError):
         return None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ..documents import Cursor, Reject, SourceDocument
 from ..errors import ConfigurationError
-from .fields import FieldRules, build_document
+from .fields import FieldRules, build_document, remark_default_ids
 from .lines import MAX_LINE_BYTES, LineFile, StreamBroken, explain_bad_utf8, is_cut
 
 
@@ -27,6 +27,7 @@ class TabularSource:
         self._file = file
         self._rules = rules
         self._delimiter = delimiter
+        self._default_ids = False
         self._columns = self._read_header()
         rules.check_columns(self._columns, name=file.name)
 
@@ -35,6 +36,9 @@ class TabularSource:
 
     def position_bytes(self, cursor: Cursor) -> int:
         return self._file.position_bytes(cursor)
+
+    def remarks(self) -> list[str]:
+        return remark_default_ids(self.name, "FILE:RECORD") if self._default_ids else []
 
     def read(self, *, after: Cursor | None = None) -> Iterator[SourceDocument | Reject]:
         """Yield documents and rejects in row order, starting right behind `after`."""
@@ -61,7 +65,9 @@ class TabularSource:
             return Reject(place, f"the row has {len(row)} columns, the header has {len(columns)}", cursor)
         fields: dict[str, object] = dict(zip(columns, row, strict=True))
         fallback_id = f"{label}:{cursor.record}"
-        return build_document(fields, rules=self._rules, fallback_id=fallback_id, place=place, cursor=cursor)
+        document = build_document(fields, rules=self._rules, fallback_id=fallback_id, place=place, cursor=cursor)
+        self._default_ids = self._default_ids or document.id == fallback_id
+        return document
 
     def _read_header(self) -> list[str]:
         rows = _Rows(self._file, after=None, delimiter=self._delimiter)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import judged, pipeline, results
+from benchmarks import judged, pipeline, queue, results
 from benchmarks.command import run_embedmill
 from embedmill.errors import EmbedmillError
+from scheduler.embedded import embedded_server
 
 
 def test_the_whole_pipe_is_measured_beside_its_floors_and_by_stage(tmp_path: Path) -> None:
@@ -52,3 +53,30 @@ def test_queries_that_are_the_documents_themselves_find_them_all(
     assert judged.main([*arguments, "--expect-ndcg", "0.5"]) == 1
     assert "nDCG@10 is 1.0000, expected 0.5" in capsys.readouterr().err
     assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_the_queue_is_measured_on_a_server_and_says_how_to_get_the_peers_that_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = queue.Sizes(
+        documents=600, job_documents=600, tasks=40, wake_samples=10, memory_shards=(245,), processes=2, rounds=1
+    )
+    with embedded_server() as url:
+        record = queue.measure(tmp_path, url=url, sizes=sizes, seed=1, python=str(tmp_path / "no-python"))
+    queue.show(record)
+    shown = capsys.readouterr().out
+
+    assert all(found["median"] > 10 for found in record["cycles"].values())
+    assert 0.05 < record["memory"][0]["mib_per_million"] <= 1.0
+    assert 0 < record["wake"]["p50_ms"] <= record["wake"]["p99_ms"]
+    assert record["share"]["calls"]["finish"]["calls"] == 1
+    assert 0 < record["share"]["cpu_share"] < 0.2
+    assert record["push"]["documents_per_s"]["median"] > 0
+    assert all(found["median"] > 0 for found in record["moved"]["ours"].values())
+    assert record["moved"]["inbox"]["redis_peak_mib"] > 0
+    assert record["moved"]["theirs"] == {}
+    assert record["moved"]["ratios"] == {"references": None, "log": None, "inbox": None}
+    assert "not all peers are installed" in shown
+    assert "streaq" in shown

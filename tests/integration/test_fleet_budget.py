@@ -119,7 +119,7 @@ async def test_no_key_of_the_budget_leaves_its_slot_or_lives_forever(connection)
         keys = await connection.command("KEYS", "*")
         assert keys
         for key in keys:
-            assert key.startswith("{embedmill:1:t}:rl:k:")
+            assert key.startswith("{embedmill:2:t}:rl:k:")
             assert int(await connection.command("PTTL", key)) > 0
 
 
@@ -168,3 +168,29 @@ async def test_three_workers_share_one_key_and_stay_within_its_limits(server_url
     assert stats["max_concurrency"] <= 4
     assert sum(stats["refusals"].values()) <= 0.03 * stats["requests"]
     assert stats["tokens_billed"] > 0.7 * tpm * seconds / window_s
+
+
+async def test_a_budget_that_redis_lost_is_closed_for_one_window_where_requests_are_known_of(connection):
+    async def busy():
+        asked.append(True)
+        return True
+
+    asked = []
+    budget = budget_on(connection, rpm=60_000, window_s=1.0, slack_s=0.0)
+    budget.remember_by(busy)
+    assert not await enters_within(budget, 0.3)
+    assert await enters_within(budget, 3)
+    assert await enters_within(budget_on(connection, rpm=60_000, window_s=1.0), 1)
+    assert len(asked) == 1
+    await connection.command("FLUSHALL")
+    assert not await enters_within(budget, 0.3)
+    assert len(asked) == 2
+
+
+async def test_a_budget_without_memory_is_open_where_nothing_was_sent(connection):
+    async def idle():
+        return False
+
+    budget = budget_on(connection, rpm=60)
+    budget.remember_by(idle)
+    assert await enters_within(budget, 1)

@@ -175,7 +175,7 @@ SOURCES = [
     ),
     Case("an unknown kind of file", 2, "in.exe: unknown kind of file; known are .jsonl", given("in.exe"), source="in.exe"),
     Case("a folder without text files", 2, "other: no text files", folder_with_other_things, source="other"),
-    Case("a URL", 2, "sources are local; download it first", source="https://example.org/x.jsonl"),
+    Case("a URL of another kind", 2, "s3://, gs://, az://, http://, https:// are); download it first", source="ftp://example.org/x.jsonl"),
 ]  # fmt: skip
 
 TARGETS = [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.index import DatasetIndex, Known
-from embedmill.dataset.passages import Passage, ShardOrigin, SourcePosition, passages_table
+from embedmill.dataset.passages import BatchPosition, Passage, ShardOrigin, SourcePosition, passages_table
 from embedmill.documents import Cursor
 from embedmill.errors import StorageError
 from tests.datasets import admit_texts, passage, small_dataset
@@ -172,3 +172,35 @@ def test_opened_by_several_at_once_it_is_built_once_and_whole(tmp_path: Path) ->
             seen = list(pool.map(read, range(4)))
         assert [rows for rows, _ in seen] == [24] * 4
         assert seen == seen[:1] * 4
+
+
+def test_keys_of_batches_are_kept_and_those_made_of_message_ids_while_they_may_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedmill.dataset.index._KEPT_SHARDS", 2)
+    dataset = small_dataset(tmp_path / "d")
+    for shard in range(6):
+        # Shards that came another way do not count.
+        batches = [BatchPosition(f"mine/{shard}", 1, 0), BatchPosition(f"inbox/{shard}-0/x", 2, 1)]
+        origin = ShardOrigin(shard, "main", batches=tuple(batches) if shard % 2 == 0 or shard == 5 else ())
+        admit_texts(dataset, shard, ["one", "two", "three"], origin=origin)
+    keys = [f"{kind}{shard}{end}" for kind, end in (("mine/", ""), ("inbox/", "-0/x")) for shard in range(6)]
+    expected = {"mine/0": 1, "mine/2": 1, "mine/4": 1, "mine/5": 1, "inbox/4-0/x": 2, "inbox/5-0/x": 2}
+    for _ in range(2):
+        index = dataset.open_index()
+        assert index.batches(keys) == expected
+        index.close()
+        for path in (Path(dataset.url) / "index").iterdir():
+            path.unlink()
+
+
+def test_a_source_is_read_anew_when_something_came_through_the_inbox_since(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / "d")
+    source = SourcePosition("p", "p.jsonl", Cursor(record=1), 0)
+    admit_texts(dataset, 0, ["one"], origin=ShardOrigin(0, "main", (source,)))
+    index = dataset.open_index()
+    assert index.reading("p") == ("p", Cursor(record=1))
+    admit_texts(dataset, 1, ["two"], origin=ShardOrigin(1, "main", batches=(BatchPosition("k", 1, 0),)))
+    dataset.catch_up(index)
+    assert index.reading("p") == ("p.2", None)
+    index.close()

@@ -22,16 +22,19 @@ def increment(*rows: int, value: float = 1.0, failures: tuple[int, ...] = (), to
     )
 
 
-def test_a_row_keeps_its_first_result() -> None:
+def test_a_row_keeps_its_first_vector_and_its_first_failure_until_a_vector_comes() -> None:
     results = ShardResults(4, 2)
     assert results.add(increment(0, 1, value=1, tokens=5)) == 2
     assert results.add(increment(1, 2, value=2, failures=(0, 3), tokens=7)) == 1
-    assert results.add(increment(3, value=3)) == 0
+    results.add(increment(failures=(3,), value=3))
     assert results.statuses.tolist() == [EMBEDDED, EMBEDDED, EMBEDDED, FAILED]
     assert results.vectors[:3, 0].tolist() == [1, 1, 2]
     assert np.isnan(results.vectors[3]).all()
     assert results.failures[3].cause == "cause 2"
     assert set(results.failures) == {3}
+    assert results.add(increment(3, value=4)) == 1
+    assert results.statuses[3] == EMBEDDED
+    assert not results.failures
     assert (results.billed_tokens, results.requests) == (12, 2)
 
 

@@ -5,6 +5,7 @@ import decimal
 import gzip
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -156,7 +157,7 @@ def test_a_file_that_cannot_be_a_source_is_refused_at_once_with_one_line(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "argument", ["nowhere.jsonl", "https://example.org/d.jsonl", "a\0b.jsonl", "/dev/null", "x" * 300]
+    "argument", ["nowhere.jsonl", "ftp://example.org/d.jsonl", "s3:///d.jsonl", "a\0b.jsonl", "/dev/null", "x" * 300]
 )
 def test_an_argument_that_is_no_file_is_refused(argument: str) -> None:
     with pytest.raises(ConfigurationError):
@@ -188,6 +189,30 @@ def test_standard_input_goes_on_where_it_stands_and_is_never_read_twice() -> Non
         list(source.read())
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, lambda data: pa.compress(data, codec="zstd", asbytes=True)])
+def test_compressed_standard_input_is_known_by_its_first_bytes(compress: Callable[[bytes], bytes]) -> None:
+    plain = b"".join(b'{"text": "%d"}\n' % number for number in range(50_000))
+    source = JsonLinesSource(StandardInput(io.BytesIO(compress(plain))), rules=RULES, push_key="k")
+    documents, rejects = read_parts(source)
+    assert ([document.text for document in documents], rejects) == ([str(number) for number in range(50_000)], [])
+    assert documents[-1].cursor.offset == len(plain)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"{}", b'{"text": "a"}'])
+def test_standard_input_may_be_shorter_than_what_is_looked_at(data: bytes) -> None:
+    items = list(JsonLinesSource(StandardInput(io.BytesIO(data)), rules=RULES, push_key="k").read())
+    assert len(items) == (1 if data.strip() else 0)
+
+
+def test_compressed_standard_input_that_breaks_off_gives_what_it_held_and_one_reject() -> None:
+    data = gzip.compress(b"".join(b'{"text": "%d %s"}\n' % (n, str(n**99).encode()) for n in range(2000)))
+    documents, [reject] = read_parts(
+        JsonLinesSource(StandardInput(io.BytesIO(data[:-4000])), rules=RULES, push_key="k")
+    )
+    assert len(documents) > 1800
+    assert "cannot be read from here on" in reject.reason
+
+
 def test_csv_rows_with_wrong_columns_bad_bytes_and_quoted_newlines(tmp_path: Path) -> None:
     data = b'id,text\n1,"two\nlines"\n2\n3,a,b\n\n4,"bad \xff\nquoted"\n5,fine\n6,\n'
     documents, rejects = read_parts(open_bytes(tmp_path, "d.csv", data))
@@ -211,27 +236,41 @@ def test_tsv_splits_at_tabs_and_csv_takes_long_fields(tmp_path: Path) -> None:
     assert len(document.text) == len(long)
 
 
-def test_parquet_converts_dates_and_decimals_and_rejects_what_json_cannot_hold(tmp_path: Path) -> None:
+def test_parquet_metadata_is_converted_to_what_json_can_hold(tmp_path: Path) -> None:
     table = pa.table(
         {
             "text": ["a", "b", None],
             "day": [datetime.date(2024, 2, 29)] * 3,
             "price": [decimal.Decimal("1.50")] * 3,
             "moment": pa.array([1_700_000_000_123_456_789] * 3, pa.timestamp("ns")),
-            "blob": [None, b"bytes", None],
+            "far": pa.array([1, 2**50, 1], pa.timestamp("ms")),
+            "blob": [None, b"bytes\xff", None],
+            "score": [1.5, float("nan"), 0.0],
+            "scores": [[float("inf"), 2.0], None, None],
         }
     )
     path = tmp_path / "d.parquet"
     pq.write_table(table, path)
-    [document], rejects = read_parts(open_source(str(path), rules=RULES))
-    assert json.loads(document.metadata) == {
-        "blob": None,
-        "day": "2024-02-29",
-        "moment": "2023-11-14T22:13:20.123456",
-        "price": "1.50",
-    }
-    assert [reject.place for reject in rejects] == ["d.parquet:2", "d.parquet:3"]
-    assert "'blob' (bytes)" in rejects[0].reason
+    [first, second], [reject] = read_parts(open_source(str(path), rules=RULES))
+    alike = {"day": "2024-02-29", "moment": "2023-11-14T22:13:20.123456", "price": "1.50"}
+    rest = {"blob": None, "far": "1970-01-01T00:00:00.001000", "score": 1.5, "scores": [None, 2.0]}
+    assert json.loads(first.metadata) == {**alike, **rest}
+    assert json.loads(second.metadata) == {**alike, "blob": "Ynl0ZXP/", "far": None, "score": None, "scores": None}
+    assert reject.place == "d.parquet:3"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("text", b"bytes", "field 'text' holds bytes, not text"),
+        ("id", b"bytes", "the id must be a string or an integer, not bytes"),
+        ("id", float("nan"), "the id must be a string or an integer, not a number"),
+    ],
+)
+def test_a_parquet_id_or_text_is_never_converted(tmp_path: Path, column: str, value: object, reason: str) -> None:
+    pq.write_table(pa.table({"text": ["a"], column: [value]}), tmp_path / "d.parquet")
+    documents, [reject] = read_parts(open_source(str(tmp_path / "d.parquet"), rules=RULES))
+    assert (documents, reject.reason) == ([], reason)
 
 
 def test_a_parquet_row_group_that_cannot_be_decoded_is_one_reject_and_the_next_group_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""What a queue and its workers say of themselves: the backlog by job, who works, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from scheduler.queue import JobDepth, Queue, WorkerReport
+
+from .progress import Pace, duration
+
+_RATE_SPAN_S = 60.0
+_SAME_REPORT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """One look at a queue: its jobs and its workers."""
+
+    jobs: Sequence[JobDepth]
+    workers: Sequence[WorkerReport]
+
+    @property
+    def leased(self) -> int:
+        return sum(job.leased for job in self.jobs)
+
+    def backlog(self) -> dict[str, int | float]:
+        """What there is to do now, for autoscaling: paused jobs do not count, leased tasks do."""
+        going = [job for job in self.jobs if not job.paused]
+        return {
+            "tasks": sum(job.tasks for job in going),
+            "passages": sum(job.rows for job in going),
+            "tokens": sum(job.tokens for job in going),
+            "oldest_s": round(max((job.oldest_s for job in going), default=0.0), 1),
+            "leased": sum(job.leased for job in going),
+            "workers": len(self.workers),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What all workers do together, and one by one (by owner): passages/s and tokens/s."""
+
+    passages_s: float = 0.0
+    tokens_s: float = 0.0
+    by_owner: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Reports:
+    """The reports of one worker: how many different ones were seen, and what they say of its pace."""
+
+    pace: Pace = field(default_factory=lambda: Pace(span_s=_RATE_SPAN_S))
+    count: int = 0
+    last_at_s: float = float("-inf")
+
+    def add(self, at_s: float, worker: WorkerReport) -> None:
+        if at_s - self.last_at_s > _SAME_REPORT_S:
+            passages, tokens = done_by(worker)
+            self.pace.note(at_s, passages=passages, tokens=tokens)
+            self.last_at_s, self.count = at_s, self.count + 1
+
+
+class RateMeter:
+    """Rates of the last minute from what workers report, which they do every few seconds. Time enters as an argument."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Reports] = {}
+
+    def note(self, now_s: float, workers: Sequence[WorkerReport]) -> Rates:
+        """Take in what the workers say now; averages since their starts until a second look tells more."""
+        for owner in self._known.keys() - {worker.owner for worker in workers}:
+            del self._known[owner]
+        rates = {}
+        for worker in workers:
+            reports = self._known.setdefault(worker.owner, _Reports())
+            reports.add(now_s - worker.age_s, worker)
+            rates[worker.owner] = reports.pace.rates if reports.count > 1 else _since_start(worker)
+        return Rates(sum(p for p, _ in rates.values()), sum(t for _, t in rates.values()), rates)
+
+
+async def look_at(queue: Queue, *, dataset_id: str | None = None, job: str | None = None) -> Fleet:
+    """The jobs of the queue, or those of one dataset, or one job; the workers are everybody's."""
+    jobs = [
+        depth for depth in await queue.jobs() if dataset_id in (None, depth.dataset_id) and job in (None, depth.job)
+    ]
+    return Fleet(jobs, await queue.workers())
+
+
+def done_by(worker: WorkerReport) -> tuple[int, int]:
+    """(passages, tokens) since the worker's start."""
+    return int(worker.record.get("embedded", 0)), int(worker.record.get("tokens", 0))
+
+
+def time_left(passages: int, rates: Rates) -> str:
+    """In words; empty where nothing moves."""
+    return duration(passages / rates.passages_s) if passages and rates.passages_s > 0 else ""
+
+
+def fleet_lines(fleet: Fleet, rates: Rates) -> Iterator[str]:
+    """The queue, its jobs and its workers, for people."""
+    backlog = fleet.backlog()
+    delayed = sum(job.delayed for job in fleet.jobs)
+    ready = sum(job.ready for job in fleet.jobs)
+    yield f"  queue       {ready:,} ready, {fleet.leased:,} leased, {delayed:,} delayed"
+    if backlog["tasks"]:
+        oldest = f", the oldest for {duration(backlog['oldest_s'])}" if backlog["oldest_s"] else ""
+        yield f"  backlog     {backlog['passages']:,} passages, about {backlog['tokens']:,} tokens{oldest}"
+    for job in fleet.jobs:
+        words = f"{job.ready:,} ready, {job.leased:,} leased, {job.delayed:,} delayed, {job.rows:,} passages"
+        yield f"  job         {job.job} ({job.lane or 'bulk'}{', paused' if job.paused else ''}): {words}"
+    yield f"  workers     {len(fleet.workers):,}, {rate_words(rates)}"
+    for worker in fleet.workers:
+        yield f"              {worker_words(worker, rates)}"
+
+
+def rate_words(rates: Rates) -> str:
+    return f"{rates.passages_s:,.1f} passages/s, {60 * rates.tokens_s:,.0f} tokens/min"
+
+
+def worker_words(worker: WorkerReport, rates: Rates) -> str:
+    passages_s, _ = rates.by_owner.get(worker.owner, (0.0, 0.0))
+    trouble = f", {worker.record['last_trouble']}" if worker.record.get("last_trouble") else ""
+    holds = int(worker.record.get("holds", 0))
+    return f"{worker.owner}: {passages_s:,.1f} passages/s, holds {holds}, seen {worker.age_s:.0f} s ago{trouble}"
+
+
+def fleet_record(fleet: Fleet, rates: Rates) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "backlog": fleet.backlog(),
+        "rates": {
+            "passages_per_s": round(rates.passages_s, 3),
+            "tokens_per_min": round(60 * rates.tokens_s, 1),
+        },
+        "queue_jobs": [
+            {
+                "dataset": job.dataset, "job": job.job, "lane": job.lane, "paused": job.paused, "ready": job.ready,
+                "leased": job.leased, "delayed": job.delayed, "passages": job.rows, "tokens": job.tokens,
+                "oldest_s": round(job.oldest_s, 1),
+            }
+            for job in fleet.jobs
+        ],
+        "workers": [
+            {"owner": worker.owner, "age_s": round(worker.age_s, 1), **worker.record} for worker in fleet.workers
+        ],
+    }  # fmt: skip
+
+
+def _since_start(worker: WorkerReport) -> tuple[float, float]:
+    """Averages over the worker's life, by its clock and ours."""
+    try:
+        started = datetime.fromisoformat(str(worker.record["started_at"]))
+        seconds = (datetime.now(tz=UTC) - started).total_seconds() - worker.age_s
+    except (KeyError, ValueError, TypeError):
+        return 0.0, 0.0
+    passages, tokens = done_by(worker)
+    return (passages / seconds, tokens / seconds) if seconds >= 1 else (0.0, 0.0)

@@ -1,0 +1,127 @@
+"""Which passage ends its worker, found across the deaths of workers. Pure planning, and the notes that outlive a death.
+
+A shard whose worker died again and again without progress is worked in trials. A trial is noted durably before it
+begins, runs while nothing else of its process is in flight, and its note goes when its results are kept. So a note that is
+left means that a process ended, or stands still, during just that trial. Whoever takes the shard next tries the rows of
+such a note in halves, until a row is alone.
+
+A row alone is no proof: processes are killed for other reasons. So each trial of a suspect row alone follows a control: the
+canary, and then a wait several times as long as the trial, noted in the same way. A death in the trial counts against the
+row, one in the control counts for it, and the row is buried at three more against it than for it. A kill that does not care
+for passages hits the control at least `CONTROL_TIMES` as often as the trial.
+
+Where the queue does not outlive the process, a note without rows counts a delivery: it is left by whoever died at the shard.
+
+Note: `checkpoints/SHARD/trial-ATTEMPT-N`, JSON. It is removed by the attempt that wrote it, or swept after the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.layout import FORMAT_VERSION, checkpoints_folder
+from embedmill.embedder import BatchLimits
+
+from .packing import pack
+
+NOTE_PREFIX = "trial-"
+SUSPECT_AFTER = 3
+DEATHS_TO_BURY = 3
+CONTROL_TIMES = 4
+_SHORTEST_TRIAL_S, _LONGEST_CONTROL_S = 0.05, 10.0
+_log = logging.getLogger("embedmill.worker.trials")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A trial of these rows. control: of the canary on behalf of one row; controlled: it follows a control that survived."""
+
+    rows: tuple[int, ...]
+    control: bool = False
+    controlled: bool = False
+
+
+class TrialNotes:
+    """The notes of one shard, as one attempt writes them. Blocking: run in a thread."""
+
+    def __init__(self, dataset: Dataset, shard: int, *, attempt: str) -> None:
+        self._store = dataset.store
+        self._folder = checkpoints_folder(shard)
+        self._mine = f"{NOTE_PREFIX}{attempt}-"
+        self._written = 0
+
+    def left(self) -> list[Note]:
+        """Notes of other attempts: those died, or stand still."""
+        notes = []
+        for name in self._store.names(self._folder):
+            if name.startswith(NOTE_PREFIX) and not name.startswith(self._mine):
+                data = self._store.read_or_none(f"{self._folder}/{name}")
+                try:
+                    record = json.loads(data or b"{}")
+                    notes.append(Note(tuple(record["rows"]), record["control"], record["controlled"]))
+                except (KeyError, TypeError, ValueError):
+                    _log.warning("%s/%s is no note of a trial; it is passed over", self._folder, name)
+        return notes
+
+    def write(self, note: Note) -> str:
+        """Note a trial that is about to begin; the note's key."""
+        self._written += 1
+        key = f"{self._folder}/{self._mine}{self._written:05d}"
+        self._store.create(key, json.dumps({"format_version": FORMAT_VERSION, **asdict(note)}).encode())
+        return key
+
+    def remove(self, key: str) -> None:
+        """The trial is over, and this process lives."""
+        self._store.delete(key)
+
+
+def plan_trials(
+    owed: Sequence[int], tokens: Sequence[int], left: Sequence[Note], *, limits: BatchLimits
+) -> list[tuple[int, ...]]:
+    """The rows of each trial, in order: unsuspected rows first, as requests hold them; then what died, in halves.
+
+    tokens: estimated, of each owed row.
+    """
+    smallest = _smallest_failed(left)
+    clean = [position for position, row in enumerate(owed) if row not in smallest]
+    packed = pack([tokens[position] for position in clean], limits=limits)
+    trials = [tuple(owed[clean[position]] for position in batch) for batch in packed]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in owed:
+        if row in smallest:
+            groups.setdefault(smallest[row], []).append(row)
+    for failed, rows in sorted(groups.items(), key=lambda group: -len(group[0])):
+        size = math.ceil(len(failed) / 2)
+        trials += [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return trials
+
+
+def suspects(left: Sequence[Note]) -> set[int]:
+    """Rows of trials that were not survived."""
+    return set(_smallest_failed(left))
+
+
+def deaths_alone(row: int, left: Sequence[Note]) -> tuple[int, int]:
+    """Deaths during trials of this row alone, and during their controls."""
+    mine = [note for note in left if note.rows == (row,)]
+    return sum(note.controlled and not note.control for note in mine), sum(note.control for note in mine)
+
+
+def control_wait_s(canary_s: float, *, canary: str, text: str) -> float:
+    """How long to wait after the canary took `canary_s`: several times what `text` may take."""
+    trial_s = max(_SHORTEST_TRIAL_S, canary_s * max(1.0, len(text) / len(canary)))
+    return min(_LONGEST_CONTROL_S, CONTROL_TIMES * trial_s)
+
+
+def _smallest_failed(left: Sequence[Note]) -> dict[int, tuple[int, ...]]:
+    """For each suspect row, the rows of the smallest trial with it that was not survived."""
+    smallest: dict[int, tuple[int, ...]] = {}
+    for note in sorted((note for note in left if not note.control), key=lambda note: (len(note.rows), note.rows)):
+        for row in note.rows:
+            smallest.setdefault(row, note.rows)
+    return smallest
