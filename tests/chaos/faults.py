@@ -54,10 +54,10 @@ MANY: Mapping[tuple[Action, Kind], int] = {
 
 
 def draw_faults(counts: Mapping[tuple[Action, Kind], int], *, seed: int) -> list[Fault]:
-    """In the order of their shares. Pushes are hit early, so that enough of them are left to be hit."""
+    """In the order of their shares. Producers are hit early, while they have something to push."""
     chance = random.Random(seed)
     faults = []
     for (action, kind), count in counts.items():
-        latest = {"push": 0.2, "program": 0.4}.get(kind, 0.85)
+        latest = {"push": 0.2, "program": 0.25}.get(kind, 0.85)
         faults += [Fault(chance.uniform(0.02, latest), action, kind, chance.random()) for _ in range(count)]
     return sorted(faults, key=lambda fault: fault.at)

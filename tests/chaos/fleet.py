@@ -17,8 +17,8 @@ from .trial import Size, Trial
 from .workload import make_workload
 
 # Workers slow enough that two seconds of results and the requests in flight are little beside what is to be done.
-LONG = Size(shard_rows=256, inputs=4, delay_s=0.35, lease_s=3.0, producing_s=150, promised=True)
-SHORT = Size(shard_rows=64, inputs=2, delay_s=0.08, lease_s=2.0, producing_s=15, promised=False, drain_s=60)
+LONG = Size(shard_rows=256, inputs=4, delay_s=0.35, lease_s=3.0, producing_s=200, promised=True)
+SHORT = Size(shard_rows=64, inputs=2, delay_s=0.08, lease_s=2.0, producing_s=20, promised=False, drain_s=60)
 _PUSHES, _PROGRAMS = {LONG: 6, SHORT: 3}, {LONG: 2, SHORT: 1}
 
 

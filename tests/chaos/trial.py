@@ -171,7 +171,8 @@ class Trial:
         if part.kind == "worker":
             return part.process.pid in self.requests.processes
         if part.kind == "push":
-            return self._logged() > self._logged_before[part.name]
+            last = part is self._pushes[-1] and time.monotonic() - part.started_at > 0.7
+            return last or self._logged() > self._logged_before[part.name]
         return time.monotonic() - part.started_at > 1.0
 
     def _flush(self) -> bool:

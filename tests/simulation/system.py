@@ -50,7 +50,7 @@ _EVERYBODY = (*_PUSHERS, _PRODUCER)
 _PARTS = 4
 _PART_DOCUMENTS = 8
 _SHARD_ROWS = 6
-_TOLD_WHILE_STALLED = 0.3
+_TOLD_WHILE_STALLED = 0.5
 
 
 def texts_of(pusher: str, part: int) -> dict[str, str]:
@@ -265,7 +265,8 @@ class System:
             await run_scheduler([dataset], queue, stopping=stopping)
 
     async def _work(self) -> None:
-        worker = Worker(self._queue(), SlowEmbedder(self.chance), budget=Unlimited(), grace_s=2.0)
+        grace_s = self.chance.choice([0.0, 2.0])
+        worker = Worker(self._queue(), SlowEmbedder(self.chance), budget=Unlimited(), grace_s=grace_s)
         self._stops[process_of_this_task()] = worker.stop
         await worker.run()
         self._note("ended as told")

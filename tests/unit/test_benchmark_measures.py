@@ -19,6 +19,7 @@ from benchmarks.pipeline import read_all, write_corpus
 from benchmarks.retrieval import Quality, evaluate, ndcg, recall, reciprocal_rank
 from benchmarks.stages import IDLE, find_stage
 from embedmill.errors import ConfigurationError
+from embedmill.sources.files import LocalFile
 from embedmill.sources.lines import LineFile
 
 
@@ -113,7 +114,7 @@ def test_one_seed_makes_one_corpus(tmp_path: Path) -> None:
 def test_a_stack_in_the_readers_is_reading_and_a_waiting_thread_is_idle(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_bytes(b"a\n")
-    lines = LineFile(path, name="lines").lines()
+    lines = LineFile(LocalFile(path, name="lines")).lines()
     assert isinstance(lines, GeneratorType)
     assert lines.gi_frame is not None
     assert find_stage(lines.gi_frame).startswith("read:")
