@@ -18,6 +18,11 @@ def job_key(dataset_id: str, job: str) -> str:
     return f"{dataset_id}:{job}"
 
 
+def dead_letter_key(dataset: str, shard: int, row: int) -> str:
+    """A dead letter by the place of its passage."""
+    return f"{dataset}#{shard}/{row}"
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """Embed one admitted shard. `dataset` is where the worker opens it, `fingerprint` whose vectors it takes."""
@@ -84,7 +89,7 @@ class DeadLetter:
 
     @property
     def key(self) -> str:
-        return f"{self.dataset}#{self.shard}/{self.row}"
+        return dead_letter_key(self.dataset, self.shard, self.row)
 
     def to_json(self) -> str:
         return json.dumps({"v": WIRE_VERSION, **asdict(self)}, ensure_ascii=False)

@@ -15,6 +15,7 @@ from typing import Any
 from embedmill.connection import Connection, key_prefix
 from embedmill.messages import Announcement, DeadLetter, Task, job_key
 
+LEASE_S = 30.0
 _BLOCK = 200
 _BULK_PATIENCE_S = 10.0
 _SILENCE_S = 300.0
@@ -97,7 +98,7 @@ class Queue:
         connection: Connection,
         *,
         namespace: str = "default",
-        lease_s: float = 30.0,
+        lease_s: float = LEASE_S,
         bulk_patience_s: float = _BULK_PATIENCE_S,
     ) -> None:
         self._connection = connection
@@ -173,6 +174,12 @@ class Queue:
     async def forget_idle(self, dataset_id: str, job: str, *, idle_s: float) -> bool:
         """Remove the record and the dead letters of a job that has had no task for so long; False when it has not."""
         return int(await self._script("forget", [job_key(dataset_id, job), max(1, int(idle_s * 1000))])) >= 0
+
+    async def forget_dead(self, dataset_id: str, job: str, keys: Sequence[str]) -> None:
+        """Drop dead letters, by `DeadLetter.key`: they were retried, or somebody has seen to them."""
+        for start in range(0, len(keys), _BLOCK):
+            block = keys[start : start + _BLOCK]
+            await self._connection.command("HDEL", f"{self._prefix}:dead:{job_key(dataset_id, job)}", *block)
 
     async def depth(self) -> Depth:
         return Depth(*(int(count) for count in await self._script("depth")))

@@ -15,6 +15,7 @@ from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
 from embedmill.errors import ConfigurationError, EmbedmillError
 
+from .housekeeping import Housekeeping
 from .inbox import InboxAdmission
 from .queue import Queue
 from .reconcile import reconcile
@@ -57,11 +58,13 @@ async def run_scheduler(
     datasets: Sequence[Dataset], queue: Queue, *, stopping: anyio.Event, every_s: float = 5.0
 ) -> None:
     """Reconcile the datasets with the queue, again and again, until `stopping` is set."""
+    housekeeping = {dataset.url: Housekeeping(dataset) for dataset in datasets}
     while not stopping.is_set():
         for dataset in datasets:
             try:
                 added = await reconcile(dataset, queue)
                 await to_thread.run_sync(dataset.publish_shape)
+                await to_thread.run_sync(housekeeping[dataset.url].sweep)
             except EmbedmillError as error:
                 # One dataset's trouble is not the others'.
                 _log.warning("%s: %s", dataset.url, error)

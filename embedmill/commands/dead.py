@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from scheduler.queue import Queue
 from scheduler.reconcile import make_tasks
 from scheduler.retries import Retried, retry_letters
 
@@ -25,6 +26,7 @@ from ..dataset.dataset import Dataset
 from ..dataset.dead_letters import FailedRow, Place, drop_letters, failed_rows
 from ..dataset.layout import Failure, Marker
 from ..errors import ConfigurationError, CorruptStore
+from ..messages import dead_letter_key
 from .jobs import open_queue, require_job
 from .options import check_job_name, output_options, shared
 from .run import require_not_stopped
@@ -108,14 +110,18 @@ def retry(
 @dead.command()
 @_job
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@shared("to")
+@shared("to", "redis", "namespace")
 @_code
 @click.option("--all", "take_all", is_flag=True, help="All that are open.")
 @output_options
-def drop(job: str, ids: tuple[str, ...], to: str | None, code: str | None, take_all: bool, as_json: bool) -> int:
+def drop(
+    job: str, ids: tuple[str, ...], to: str | None, redis: str | None, namespace: str,
+    code: str | None, take_all: bool, as_json: bool,
+) -> int:  # fmt: skip
     """Say that dead letters were seen: they stay failed in the dataset, and no longer count as open."""
     dataset = _open(to, job)
-    dropped = drop_letters(dataset, _select(dataset, job, ids, code=code, take_all=take_all))
+    letters = _select(dataset, job, ids, code=code, take_all=take_all)
+    dropped = anyio.run(_drop, dataset, job, letters, redis, namespace)
     click.echo(json.dumps({"job": job, "dropped": dropped}) if as_json else f"{dropped:,} dead letters dropped")
     return 0
 
@@ -161,6 +167,7 @@ async def _retry(
         result = await to_thread.run_sync(_admit, dataset, letters, job)
         if queue is not None:
             await queue.enqueue(await to_thread.run_sync(make_tasks, dataset, result.shards))
+            await _forget(queue, dataset, job, letters)
     if as_json:
         record = {"job": job, "retried": result.passages, "passed_over": result.passed_over, "shards": result.shards}
         click.echo(json.dumps({**record, "redis_told": queue is not None}))
@@ -171,6 +178,20 @@ async def _retry(
     if queue is None and result.passages:
         click.echo("Without --redis, the scheduler or the next run queues them.")
     return 0
+
+
+async def _drop(dataset: Dataset, job: str, letters: list[FailedRow], redis: str | None, namespace: str) -> int:
+    async with open_queue(redis, namespace) as queue:
+        dropped = await to_thread.run_sync(drop_letters, dataset, letters)
+        if queue is not None:
+            await _forget(queue, dataset, job, letters)
+    return dropped
+
+
+async def _forget(queue: Queue, dataset: Dataset, job: str, letters: list[FailedRow]) -> None:
+    """What Redis still counts of them."""
+    keys = [dead_letter_key(dataset.url, letter.shard, letter.failure.row) for letter in letters]
+    await queue.forget_dead(dataset.info.id, job, keys)
 
 
 def _admit(dataset: Dataset, letters: list[FailedRow], job: str) -> Retried:

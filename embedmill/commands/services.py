@@ -15,7 +15,7 @@ import click
 from anyio import to_thread
 
 from embedmill.connection import Connection, Unreachable
-from scheduler.queue import Queue
+from scheduler.queue import LEASE_S, Queue
 from scheduler.retention import KEEP_DAYS, drop_regularly
 from scheduler.service import check_durability, serve_dataset
 from worker.service import Worker
@@ -61,10 +61,14 @@ def scheduler(datasets: tuple[str, ...], redis: str | None, namespace: str, ling
 
 @click.command()
 @shared("redis", "namespace", "model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency")
-def worker(redis: str | None, namespace: str, **options: Any) -> int:
+@click.option(
+    "--lease", "lease_s", type=click.FloatRange(min=1, max=3600), default=LEASE_S, show_default=True, metavar="SECONDS",
+    help="How long a dead worker's shards wait for the next one; extended four times as often.",
+)  # fmt: skip
+def worker(redis: str | None, namespace: str, lease_s: float, **options: Any) -> int:
     """Take tasks from Redis and embed them, until SIGTERM. Start as many as you like, anywhere that sees the datasets."""
     _log_to_stderr()
-    return anyio.run(_worker, require_redis(redis), namespace, ModelChoice(**options))
+    return anyio.run(_worker, require_redis(redis), namespace, lease_s, ModelChoice(**options))
 
 
 @click.command()
@@ -135,7 +139,7 @@ async def _serve(
         await serve_dataset(dataset, connection, inbox=inbox, namespace=namespace, stopping=stopping, linger_s=linger_s)
 
 
-async def _worker(redis: str, namespace: str, choice: ModelChoice) -> int:
+async def _worker(redis: str, namespace: str, lease_s: float, choice: ModelChoice) -> int:
     embedder = await to_thread.run_sync(make_embedder, choice)
     try:
         stop = Stop()
@@ -146,7 +150,7 @@ async def _worker(redis: str, namespace: str, choice: ModelChoice) -> int:
             def claim(dataset: Dataset) -> None:
                 locks.enter_context(work_together(dataset_folder(dataset)))
 
-            queue = Queue(connection, namespace=namespace)
+            queue = Queue(connection, namespace=namespace, lease_s=lease_s)
             budget = make_budget(choice, connection, namespace=namespace)
             service = Worker(queue, embedder, budget=budget, grace_s=25, on_open=claim, patient=True)
             _log.info("worker for %s on %s", choice.model, connection.shown)

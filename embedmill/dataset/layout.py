@@ -29,6 +29,7 @@ COMMITS_FOLDER = "commits"
 RETIREMENTS_FOLDER = "retirements"
 JOBS_FOLDER = "jobs"
 SPEND_FOLDER = "spend"
+CHECKPOINTS_FOLDER = "checkpoints"
 DROPPED_KEY = "dead/dropped.jsonl"
 
 JobState = Literal["running", "paused", "cancelled"]
@@ -52,7 +53,7 @@ def commit_key(shard: int) -> str:
 
 
 def checkpoints_folder(shard: int) -> str:
-    return f"checkpoints/{shard:08d}"
+    return f"{CHECKPOINTS_FOLDER}/{shard:08d}"
 
 
 def job_key(job: str) -> str:

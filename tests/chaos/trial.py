@@ -300,9 +300,9 @@ class Trial:
             "delay_s": 0.0 if self._calm else self._size.delay_s,
             "log": str(self.folder / "requests.jsonl"),
             "calm": self._calm,
-            "lease_s": self._size.lease_s,
         }
-        arguments = (json.dumps(settings), "worker", "--model", f"null/{DIMENSIONS}", *self._queue_options)
+        lease = ("--lease", f"{self._size.lease_s:g}")
+        arguments = (json.dumps(settings), "worker", "--model", f"null/{DIMENSIONS}", *lease, *self._queue_options)
         command = python("-m", "tests.chaos.worker_process", *arguments)
         return [self._service("worker", n, command) for n in range(1 if self._calm else self._size.workers)]
 

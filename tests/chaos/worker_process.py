@@ -1,13 +1,12 @@
 """`embedmill worker`, the real command, with the one embedder that dies.
 
-python -m tests.chaos.worker_process SETTINGS worker OPTION..., SETTINGS being JSON for `MortalEmbedder`, and `lease_s`.
+python -m tests.chaos.worker_process SETTINGS worker OPTION..., SETTINGS being JSON for `MortalEmbedder`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 from embedmill.commands import main, services
@@ -17,10 +16,9 @@ from .embedder import MortalEmbedder
 
 def run() -> None:
     settings = json.loads(sys.argv.pop(1))
-    lease_s, log = settings.pop("lease_s"), Path(settings.pop("log"))
+    log = Path(settings.pop("log"))
     embedder = MortalEmbedder(log=log, **settings)
     services.make_embedder = lambda _choice: embedder
-    services.Queue = partial(services.Queue, lease_s=lease_s)
     main.run()
 
 

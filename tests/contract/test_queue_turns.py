@@ -217,3 +217,13 @@ async def test_a_broken_record_of_a_task_does_not_stop_the_queue(bench: Bench) -
     await queue.enqueue(tasks(3))
     await bench.connection.command("DEL", f"{PREFIX}:task:{task(0).id}")
     assert shards(await queue.lease("w", count=5)) == [1, 2]
+
+
+async def test_a_dead_letter_that_was_seen_to_no_longer_counts(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue([task(1)])
+    letters = [letter(1, 0), letter(1, 1)]
+    await queue.finish(task(1), dead=letters)
+    await queue.forget_dead(DATASET_ID, "bulk", [letters[0].key])
+    await queue.forget_dead(DATASET_ID, "bulk", [])
+    assert (await queue.depth()).dead == 1

@@ -99,6 +99,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         process.ready.clear()
         self._processes.remove(process)
 
+    def latest_wake(self) -> float:
+        """When the last one that stands still gets up."""
+        return max(process.stalled_until for process in self._processes)
+
     def bury(self) -> None:
         """Let go of every task that is not done, and close."""
         with warnings.catch_warnings():

@@ -44,6 +44,8 @@ from .world import simulated_world
 NAMESPACE = "simulated"
 LEASE_S = 8.0
 _TO_DRAIN_S = 200.0
+# Two rounds of a scheduler, and a lease.
+_TO_TIDY_S = 18.0
 _PUSHERS = ("a", "b")
 _PRODUCER = "p"
 _EVERYBODY = (*_PUSHERS, _PRODUCER)
@@ -198,6 +200,7 @@ class System:
             if self.loop.time() > deadline:
                 raise Broken(f"I7: {_TO_DRAIN_S:.0f} s after the last fault there is work left: {self._left()}")
             await asyncio.sleep(1.0)
+        await self._let_latecomers_be_late()
         self.dataset.publish_shape()
 
     async def _disturb(self) -> None:
@@ -217,6 +220,12 @@ class System:
                 self._note("away")
         faults.stop()
         self._note("the faults stop")
+
+    async def _let_latecomers_be_late(self) -> None:
+        """Whoever still stands still gets up and does its worst, and schedulers clean up after it."""
+        await asyncio.sleep(max(0.0, self.loop.latest_wake() - self.loop.time()) + _TO_TIDY_S)
+        if not await self._drained():
+            raise Broken(f"I7: it was drained, and then was not: {self._left()}")
 
     async def _drained(self) -> bool:
         if self.failure is not None:
