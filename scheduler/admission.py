@@ -8,46 +8,26 @@ the key of every batch for the inbox.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.index import DatasetIndex, Known
-from embedmill.dataset.layout import CANCELLED
-from embedmill.dataset.passages import BatchPosition, Passage, ShardOrigin, SourcePosition
+from embedmill.dataset.index import DatasetIndex
+from embedmill.dataset.passages import Passage, ShardOrigin
 from embedmill.documents import Cursor, Reject, SourceDocument, hash16
 from embedmill.errors import ObjectExists
 from embedmill.failpoints import failpoint
 from embedmill.messages import Lane, Task
 
+from .batches import Closed, OpenBatches
+from .groups import Groups
+from .log_view import LogView, Newest
+from .open_shard import OpenShard, Waiting
+from .readings import AdmissionCounts, Batch, Reading
+
 MAX_SHARD_TEXT_BYTES = 64 * 1024 * 1024
-# Keys of batches without a row wait for the next shard to be kept in; so many of them.
-_RIDING_KEYS = 4096
-
-
-@dataclass(slots=True)
-class AdmissionCounts:
-    """What became of the records read.
-
-    deleted: by their source; removed: passages that the new version of their document no longer has; repeated: the log held
-    them, from an earlier reading of the same source or batch.
-    """
-
-    new: int = 0
-    updated: int = 0
-    unchanged: int = 0
-    deleted: int = 0
-    removed: int = 0
-    repeated: int = 0
-    rejected: int = 0
-
-    @property
-    def admitted(self) -> int:
-        return self.new + self.updated
-
-    def add(self, kind: str, count: int = 1) -> None:
-        setattr(self, kind, getattr(self, kind) + count)
+_NO_METADATA = "{}"
+_NO_TEXT_HASH, _NO_METADATA_HASH = hash16(""), hash16(_NO_METADATA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,60 +36,6 @@ class Admitted:
 
     tasks: list[Task] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """A message of the inbox: its documents in order, and the key by which the log knows them."""
-
-    key: str
-    records: Sequence[SourceDocument | Reject]
-    counts: AdmissionCounts = field(default_factory=AdmissionCounts)
-    rejects: list[Reject] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """Batches of which everything is in the log, or needs not be, and the shard that was closed for it, if any."""
-
-    task: Task | None
-    batches: list[Batch]
-
-
-@dataclass(slots=True, eq=False)
-class _Reading:
-    """A source or a batch, and how far it was read."""
-
-    key: str
-    name: str
-    cursor: Cursor
-    batch: Batch | None = None
-    complete: bool = False
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A passage in the open shard, where it came from, and as what it was counted."""
-
-    reading: _Reading
-    passage: Passage
-    carried: tuple[int, int] | None
-    text_bytes: int
-    cursor: Cursor
-    counted: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Newest:
-    """The highest version of an id, in the log (at `place`) or in the open shard (None)."""
-
-    version: int
-    text_hash: bytes
-    metadata_hash: bytes
-    group: str | None
-    deleted: bool
-    place: tuple[int, int] | None
-    reading_key: str
 
 
 class Admitter:
@@ -123,22 +49,12 @@ class Admitter:
         self._index = index
         self._job = job
         self._lane: Lane = lane
-        self._open: list[_Waiting] = []
-        self._open_ids: dict[str, _Waiting] = {}
-        self._open_groups: dict[str, set[str]] = {}
-        self._open_bytes = 0
-        self._readings: dict[str, _Reading] = {}
-        self._batches: list[_Reading] = []
-        self._batch_keys: dict[str, _Reading] = {}
-        self._riding: deque[tuple[str, int]] = deque(maxlen=_RIDING_KEYS)
-        self._logged: dict[str, Cursor | None] = {}
-        self._known: dict[str, Known] = {}
-        self._members: dict[str, set[str]] = {}
-        self._group_seen: tuple[str, str, set[str]] = ("", "", set())
+        self._log = LogView(dataset, index)
+        self._open = OpenShard()
+        self._readings: dict[str, Reading] = {}
+        self._batches = OpenBatches(self._log)
+        self._groups = Groups()
         self._removed_some = False
-        self._group_refused: tuple[str, str] | None = None
-        self._reason = ""
-        self._jobs_cancelled: dict[str, bool] = {}
         # Other processes may move the index on under us. What is open was held against the log before this number, and
         # only whoever has read all of it may write the next.
         self._next_shard = index.next_shard
@@ -148,20 +64,20 @@ class Admitter:
     @property
     def is_empty(self) -> bool:
         """Nothing waits for its shard to be closed."""
-        return not self._open
+        return not self._open.rows
 
     @property
     def waiting(self) -> int:
         """How many of the admitted that were counted wait for their shard to be closed."""
-        return sum(w.counted in ("new", "updated") for w in self._open)
+        return sum(w.counted in ("new", "updated") for w in self._open.rows)
 
     @property
     def open_bytes(self) -> int:
-        return self._open_bytes
+        return self._open.text_bytes
 
     def holds(self, ids: Iterable[str], *, key: str) -> bool:
         """True when the open shard has one of these ids, or documents of this batch."""
-        return any(id_ in self._open_ids for id_ in ids) or key in self._batch_keys
+        return self._open.holds(ids) or key in self._batches
 
     def reading(self, push_key: str, *, beside: Collection[str] = ()) -> tuple[str, Cursor | None]:
         """Under which key and from where a source is to be read, see `DatasetIndex.reading`."""
@@ -180,31 +96,33 @@ class Admitter:
         `keep_rejects` gets what was refused, before a shard is closed whose cursor is behind it: a refusal is never
         forgotten. Raises StorageError when a shard cannot be written; what was not closed by then is read again.
         """
-        result, kept = Admitted(), 0
+        result, kept, taken = Admitted(), 0, 0
 
         def keep() -> None:
             nonlocal kept
             keep_rejects(result.rejects[kept:])
             kept = len(result.rejects)
 
-        self._look_up(records)
+        def close() -> None:
+            keep()
+            result.tasks.extend(self.close_shard())
+            self._log.look_up(records[taken:])
+
+        self._log.look_up(records)
         ids = [record.id for record in records if isinstance(record, SourceDocument)]
         self._unchanged = {(push_key, id_) for id_ in self._index.unchanged_before(push_key, ids)}
         before = len(self._unchanged)
-        reading = self._readings.setdefault(push_key, _Reading(push_key, name, Cursor()))
+        reading = self._readings.setdefault(push_key, Reading(push_key, name, Cursor()))
         for record in records:
-            for task in self._make_room(reading, record, before_close=keep):
-                result.tasks.append(task)
-                self._look_up(records)
+            self._make_room(reading, record, close)
+            taken += 1
             reading.cursor = record.cursor
             reject = self._take_record(reading, record)
             if reject is not None:
                 self.counts.rejected += 1
                 result.rejects.append(reject)
             if self._is_full():
-                keep()
-                result.tasks.extend(self.close_shard())
-                self._look_up(records)
+                close()
         keep()
         if len(self._unchanged) > before:
             self._index.remember_unchanged(self._unchanged)
@@ -219,16 +137,18 @@ class Admitter:
         closed: list[Closed] = []
         records = [record for batch in batches for record in batch.records]
         keys = [batch.key for batch in batches]
-        self._look_up(records, keys=keys)
+        taken = 0
+
+        def close() -> None:
+            closed.append(self.close_batches())
+            self._log.look_up(records[taken:], keys=keys)
+
+        self._log.look_up(records, keys=keys)
         for batch in batches:
-            earlier = self._batch_keys.get(batch.key)
-            reading = _Reading(batch.key, "", Cursor(), batch)
-            self._batches.append(reading)
-            self._batch_keys[batch.key] = reading
+            reading, earlier = self._batches.add(batch)
             for record in batch.records:
-                for task in self._make_room(reading, record):
-                    closed.append(self._closed([task]))
-                    self._look_up(records, keys=keys)
+                self._make_room(reading, record, close)
+                taken += 1
                 reading.cursor = record.cursor
                 if (
                     earlier is not None
@@ -243,24 +163,24 @@ class Admitter:
                     batch.rejects.append(reject)
                 if self._is_full():
                     reading.complete = record is batch.records[-1]
-                    closed.append(self.close_batches())
-                    self._look_up(records, keys=keys)
+                    close()
             reading.complete = True
         if self.is_empty:
-            closed.append(self._closed([]))
+            closed.append(self._batches.give_back(None))
         return closed
 
     def close_batches(self) -> Closed:
         """Write the open shard, however full, and give back the batches that it completes."""
-        return self._closed(self.close_shard())
+        tasks = self.close_shard()
+        return self._batches.give_back(tasks[0] if tasks else None)
 
     def close_shard(self) -> list[Task]:
         """Write the open shard, however full; its task, or none when there was nothing in it."""
-        while self._open:
+        while self._open.rows:
             shard = self._next_shard
             origin = self._origin(shard)
             try:
-                table = self._dataset.append_passages(shard, [w.passage for w in self._open], origin=origin)
+                table = self._dataset.append_passages(shard, [w.passage for w in self._open.rows], origin=origin)
             except ObjectExists:
                 self._dataset.catch_up(self._index)
                 self._next_shard = self._index.next_shard
@@ -270,278 +190,144 @@ class Admitter:
             self._index.absorb(shard, table, origin)
             self._next_shard = shard + 1
             task = self._task(shard)
-            self._clear()
-            self._riding.clear()
+            self._open.clear()
+            self._batches.written()
             return [task]
         return []
 
-    def _take_record(self, reading: _Reading, record: SourceDocument | Reject) -> Reject | None:
+    def _take_record(self, reading: Reading, record: SourceDocument | Reject) -> Reject | None:
         """Take one record; what is to be refused."""
         if isinstance(record, Reject):
             return record
-        if (reading.key, record.group) == self._group_refused:
-            reason: str | None = self._reason
-        else:
+        if record.group is None:
             reason = self._take(reading, record)
-        if reason and record.group is not None:
-            self._group_refused, self._reason = (reading.key, record.group), reason
+        else:
+            reason = self._groups.refusal(reading.key, record.group) or self._take(reading, record)
+            if reason:
+                self._groups.refuse(reading.key, record.group, reason)
         return Reject(record.place, reason, record.cursor, record.id) if reason else None
 
-    def _take(self, reading: _Reading, record: SourceDocument, *, removed: bool = False) -> str | None:
-        """Put a document into the open shard, or pass over it; the reason when it is refused."""
-        if self._is_logged(reading, record.cursor):
-            self._count(reading, "repeated", quietly=removed)
+    def _take(self, reading: Reading, record: SourceDocument, *, removed: bool = False) -> str | None:
+        """Put a document into the open shard, or pass over it; the reason when it is refused.
+
+        removed: it stands for a passage that its document no longer has.
+        """
+        if self._log.is_logged(reading, record.cursor):
+            if not removed:
+                self._count(reading, "repeated")
             return None
         newest = self._newest(record.id)
-        if not removed and (reason := self._reason_against(reading, record)):
+        if not removed and (reason := self._reason_against(reading, record, newest)):
             return reason
         if record.deleted:
             self._delete(reading, record, newest, removed=removed)
             return None
-        if newest is None:
-            self._put(reading, record, version=1, counted="new")
-            return None
-        given_up = self._is_cancelled(newest.place)
-        alive = not newest.deleted and not given_up
-        same_text = alive and newest.text_hash == record.text_hash
-        if same_text and (newest.metadata_hash, newest.group) == (record.metadata_hash, record.group):
-            self._pass_over(reading, record.id)
-            return None
-        carried = newest.place if same_text else None
-        self._put(reading, record, version=newest.version + 1, counted="updated", carried=carried)
+        text_hash, metadata_hash = record.text_hash, record.metadata_hash
+        version, counted, carried = 1, "new", None
+        if newest is not None:
+            alive = not newest.deleted and not self._log.is_cancelled(newest.place)
+            same_text = alive and newest.text_hash == text_hash
+            if same_text and (newest.metadata_hash, newest.group) == (metadata_hash, record.group):
+                self._pass_over(reading, record.id)
+                return None
+            version, counted, carried = newest.version + 1, "updated", newest.place if same_text else None
+        passage = Passage(
+            record.id, record.text, record.metadata, version, text_hash, metadata_hash, False, record.group
+        )
+        self._put(Waiting(reading, passage, carried, len(record.text.encode()), record.cursor, counted))
         return None
 
-    def _reason_against(self, reading: _Reading, record: SourceDocument) -> str | None:
+    def _reason_against(self, reading: Reading, record: SourceDocument, newest: Newest | None) -> str | None:
         """Why its id cannot be taken: this source had it before, or it is a passage of another document."""
-        newest = self._newest(record.id)
         twice = newest is not None and newest.reading_key == reading.key
         if reading.batch is None and (twice or (reading.key, record.id) in self._unchanged):
             return "this id stands twice in this source; the first one is kept"
         if newest is None or newest.deleted or record.deleted or newest.group == record.group:
             return None
-        if self._is_cancelled(newest.place):
+        if self._log.is_cancelled(newest.place):
             return None
         if newest.group is None:
             return f"the id of its passage {record.id!r} is another document's"
         return f"this id is that of a passage of document {newest.group!r}"
 
-    def _delete(self, reading: _Reading, record: SourceDocument, newest: _Newest | None, *, removed: bool) -> None:
+    def _delete(self, reading: Reading, record: SourceDocument, newest: Newest | None, *, removed: bool) -> None:
         """A row that says that the id is gone, where it is there; removed: as a passage that its document no longer has."""
-        if newest is not None and (not newest.deleted or self._is_cancelled(newest.place)):
-            self._put(reading, record, version=newest.version + 1, counted="removed" if removed else "deleted")
+        if newest is not None and (not newest.deleted or self._log.is_cancelled(newest.place)):
+            gone = Passage(
+                record.id, "", _NO_METADATA, newest.version + 1, _NO_TEXT_HASH, _NO_METADATA_HASH, True, record.group
+            )
+            self._put(Waiting(reading, gone, None, 0, record.cursor, "removed" if removed else "deleted"))
         elif not removed:
             # Of a document that was split, only the passages were there.
             self._count(reading, "deleted" if self._removed_some else "unchanged")
 
-    def _newest(self, id_: str) -> _Newest | None:
-        waiting = self._open_ids.get(id_)
-        if waiting is not None:
-            p = waiting.passage
-            key = waiting.reading.key
-            return _Newest(p.version, p.text_hash, p.metadata_hash, p.group, p.deleted, None, key)
-        known = self._known.get(id_)
-        if known is None:
-            return None
-        place = (known.shard, known.row)
-        return _Newest(
-            known.version, known.text_hash, known.metadata_hash, known.group, known.deleted, place, known.push_key
-        )
+    def _newest(self, id_: str) -> Newest | None:
+        return self._open.newest(id_) or self._log.newest(id_)
 
-    def _is_cancelled(self, place: tuple[int, int] | None) -> bool:
-        """True when the row was given up with its job, or will be: the same text is admitted again then."""
-        if place is None:
-            return False
-        marker = self._dataset.marker(place[0])
-        if marker is not None:
-            return bool(marker.statuses[place[1]] == CANCELLED)
-        job = self._dataset.admission(place[0]).job
-        if job not in self._jobs_cancelled:
-            record = self._dataset.job(job)
-            self._jobs_cancelled[job] = record is not None and record.state == "cancelled"
-        return self._jobs_cancelled[job]
-
-    def _pass_over(self, reading: _Reading, id_: str) -> None:
+    def _pass_over(self, reading: Reading, id_: str) -> None:
         self._count(reading, "unchanged")
         if reading.batch is None:
             self._unchanged.add((reading.key, id_))
 
-    def _put(
-        self,
-        reading: _Reading,
-        record: SourceDocument,
-        *,
-        version: int,
-        counted: str,
-        carried: tuple[int, int] | None = None,
-    ) -> None:
-        text, metadata = ("", "{}") if record.deleted else (record.text, record.metadata)
-        passage = Passage(
-            record.id, text, metadata, version, hash16(text), hash16(metadata), record.deleted, record.group
-        )
-        waiting = _Waiting(reading, passage, carried, len(text.encode()), record.cursor, counted)
-        self._open.append(waiting)
-        self._open_ids[record.id] = waiting
-        self._open_bytes += waiting.text_bytes
-        if record.group is not None:
-            self._open_groups.setdefault(record.group, set()).add(record.id)
-        self._count(reading, counted)
+    def _put(self, waiting: Waiting) -> None:
+        self._open.put(waiting)
+        self._count(waiting.reading, waiting.counted)
 
-    def _count(self, reading: _Reading, kind: str, *, quietly: bool = False) -> None:
-        if quietly:
-            return
-        self.counts.add(kind)
+    def _count(self, reading: Reading, kind: str, count: int = 1) -> None:
+        self.counts.add(kind, count)
         if reading.batch is not None:
-            reading.batch.counts.add(kind)
+            reading.batch.counts.add(kind, count)
 
-    def _make_room(
-        self, reading: _Reading, record: SourceDocument | Reject, *, before_close: Callable[[], None] = lambda: None
-    ) -> Iterable[Task]:
+    def _make_room(self, reading: Reading, record: SourceDocument | Reject, close: Callable[[], None]) -> None:
         """Before the last passage of a document: remove the passages that its new version no longer has.
 
-        They go before it, so that a cursor behind it is a cursor behind them. Yields the shards that they filled.
+        They go before it, so that a cursor behind it is a cursor behind them. `close` is called for each shard that they
+        fill, and looks up anew what is not taken yet.
         """
         self._removed_some = False
-        if not isinstance(record, SourceDocument):
+        if isinstance(record, Reject):
             return
-        group = record.group if record.group is not None else record.id
+        group = record.id if record.group is None else record.group
         if record.group is not None:
-            if self._group_seen[:2] != (reading.key, group):
-                self._group_seen = (reading.key, group, set())
-            self._group_seen[2].add(record.id)
-        if not record.last or self._is_logged(reading, record.cursor) or (reading.key, group) == self._group_refused:
+            self._groups.see(reading.key, group, record.id)
+        if not record.last:
             return
-        if self._reason_against(reading, record):
+        former = self._log.members(group) | self._open.members(group)
+        if record.group is None and not former:
             return
-        for id_ in self._no_longer(group, record):
-            gone = SourceDocument(
-                id_, "", "{}", record.cursor, record.place, deleted=True, group=record.group and group
-            )
-            before = len(self._open)
-            self._take(reading, gone, removed=True)
-            self._removed_some = self._removed_some or len(self._open) > before
-            if self._is_full():
-                before_close()
-                yield from self.close_shard()
-
-    def _no_longer(self, group: str, record: SourceDocument) -> list[str]:
-        former = self._members.get(group, set()) | self._open_groups.get(group, set())
-        if record.group is None:
-            return sorted(former - {record.id})
-        kept = self._group_seen[2] | {record.id}
-        # The passages GROUP#0 to GROUP#N may have been read before a restart.
+        if self._log.is_logged(reading, record.cursor) or self._groups.refusal(reading.key, group):
+            return
+        if self._reason_against(reading, record, self._newest(record.id)):
+            return
         whole = self._newest(group)
-        if whole is not None and whole.group is None:
-            # The document before it was split. A passage of another document may have that id, too, and stays.
-            former = former | {group}
-        return sorted(former - kept - set(_passages_upto(group, record.id)))
+        was_whole = whole is not None and whole.group is None
+        for id_ in self._groups.no_longer(record, former, was_whole=was_whole):
+            gone = SourceDocument(id_, "", _NO_METADATA, record.cursor, record.place, deleted=True, group=record.group)
+            before = len(self._open.rows)
+            self._take(reading, gone, removed=True)
+            self._removed_some = self._removed_some or len(self._open.rows) > before
+            if self._is_full():
+                close()
 
     def _is_full(self) -> bool:
-        return len(self._open) >= self._dataset.info.shard_rows or self._open_bytes >= MAX_SHARD_TEXT_BYTES
-
-    def _look_up(self, records: Iterable[SourceDocument | Reject], *, keys: Sequence[str] = ()) -> None:
-        """Everything that the log says of these records and batches, in few queries."""
-        documents = [record for record in records if isinstance(record, SourceDocument)]
-        groups = dict.fromkeys(r.group if r.group is not None else r.id for r in documents if r.last)
-        self._members = self._index.members(list(groups))
-        ids = dict.fromkeys(record.id for record in documents)
-        ids.update(dict.fromkeys(groups))
-        ids.update(dict.fromkeys(id_ for members in self._members.values() for id_ in members))
-        self._known = self._index.newest(list(ids))
-        # Read again after the rows, never before: a row of a push must not be newer than what is known of its cursor.
-        self._logged.clear()
-        if keys:
-            logged = self._index.batches(keys)
-            self._logged.update((key, _batch_cursor(logged.get(key))) for key in keys)
-        self._jobs_cancelled.clear()
-
-    def _is_logged(self, reading: _Reading, cursor: Cursor) -> bool:
-        """True when the log has read this far already: another admitter was at it too, or an earlier one."""
-        if reading.key not in self._logged:
-            if reading.batch is None:
-                self._logged[reading.key] = self._index.cursor(reading.key)
-            else:
-                self._logged[reading.key] = _batch_cursor(self._index.batches([reading.key]).get(reading.key))
-        logged = self._logged[reading.key]
-        if logged is None:
-            return False
-        return cursor.record <= logged.record if reading.batch is not None else cursor <= logged
+        return len(self._open.rows) >= self._dataset.info.shard_rows or self._open.text_bytes >= MAX_SHARD_TEXT_BYTES
 
     def _drop_admitted(self) -> None:
         """After a lost race: keep what the log does not hold yet, with versions above those that it holds now."""
-        waiting = self._open
-        self._clear()
-        documents = [
-            SourceDocument(
-                w.passage.id, w.passage.text, w.passage.metadata, w.cursor, "",
-                deleted=w.passage.deleted, group=w.passage.group,
-            )
-            for w in waiting
-        ]  # fmt: skip
-        self._look_up(documents, keys=[reading.key for reading in self._batches])
+        waiting = self._open.clear()
+        documents = [w.as_document() for w in waiting]
+        self._log.look_up(documents, keys=self._batches.keys)
         for w, document in zip(waiting, documents, strict=True):
-            self.counts.add(w.counted, -1)
-            if w.reading.batch is not None:
-                w.reading.batch.counts.add(w.counted, -1)
+            self._count(w.reading, w.counted, -1)
             self._take(w.reading, document, removed=w.counted == "removed")
 
     def _origin(self, shard: int) -> ShardOrigin:
-        sources: list[SourcePosition] = []
-        for row, waiting in enumerate(self._open):
-            reading = waiting.reading
-            if reading.batch is None and (not sources or sources[-1].push_key != reading.key):
-                sources.append(SourcePosition(reading.key, reading.name, reading.cursor, row))
-        carried = {row: w.carried for row, w in enumerate(self._open) if w.carried is not None}
-        return ShardOrigin(shard, self._job, tuple(sources), carried, batches=tuple(self._positions()))
-
-    def _positions(self) -> Iterable[BatchPosition]:
-        """The batches of the open shard in their order, those without a row, too: what is newer than a row must not come
-        again before it."""
-        for key, record in self._riding:
-            yield BatchPosition(key, record, 0)
-        rows: dict[int, int] = {}
-        for waiting in self._open:
-            rows[id(waiting.reading)] = rows.get(id(waiting.reading), 0) + 1
-        first_row = 0
-        for reading in self._batches:
-            if reading.cursor.record and not self._is_logged(reading, reading.cursor):
-                yield BatchPosition(reading.key, reading.cursor.record, first_row)
-            first_row += rows.get(id(reading), 0)
-
-    def _closed(self, tasks: Sequence[Task]) -> Closed:
-        complete = [reading for reading in self._batches if reading.complete]
-        if not tasks:
-            self._riding.extend(
-                (r.key, r.cursor.record) for r in complete if r.cursor.record and not self._is_logged(r, r.cursor)
-            )
-        self._batches = [reading for reading in self._batches if not reading.complete]
-        self._batch_keys = {reading.key: reading for reading in self._batches}
-        batches = [reading.batch for reading in complete if reading.batch is not None]
-        return Closed(tasks[0] if tasks else None, batches)
+        positions = tuple(self._batches.positions(self._open))
+        return ShardOrigin(shard, self._job, tuple(self._open.sources()), self._open.carried(), batches=positions)
 
     def _task(self, shard: int) -> Task:
-        info = self._dataset.info
+        info, rows = self._dataset.info, len(self._open.rows)
         return Task(
-            self._dataset.url,
-            info.id,
-            shard,
-            self._job,
-            len(self._open),
-            self._open_bytes,
-            self._lane,
+            self._dataset.url, info.id, shard, self._job, rows, self._open.text_bytes, self._lane,
             info.embedder.fingerprint,
-        )
-
-    def _clear(self) -> None:
-        self._open, self._open_ids, self._open_groups, self._open_bytes = [], {}, {}, 0
-
-
-def _batch_cursor(record: int | None) -> Cursor | None:
-    return None if record is None else Cursor(record=record)
-
-
-def _passages_upto(group: str, id_: str) -> Iterable[str]:
-    """The ids GROUP#0 to GROUP#N of a passage GROUP#N; none for an id of another form."""
-    stem, mark, number = id_.rpartition("#")
-    if not mark or stem != group or not number.isdecimal() or len(number) > 9:
-        return ()
-    return (f"{group}#{n}" for n in range(int(number) + 1))
+        )  # fmt: skip

@@ -27,8 +27,10 @@ from embedmill.inbox import INBOX_VERSION, InboxMessage, Receipt, check_inbox_na
 from embedmill.messages import Task
 from embedmill.sources.fields import printable
 
-from .admission import Admitter, Batch, Closed
+from .admission import Admitter
+from .batches import Closed
 from .queue import Queue, enqueue_arguments
+from .readings import Batch
 from .reconcile import reconcile
 from .refusals import keep_refusals
 

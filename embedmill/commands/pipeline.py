@@ -16,11 +16,12 @@ import anyio
 from anyio import to_thread
 
 from embedmill.connection import Connection
-from scheduler.admission import AdmissionCounts, Admitter
+from scheduler.admission import Admitter
 from scheduler.budget import RequestBudget
 from scheduler.embedded import embedded_server
 from scheduler.intake import Intake
 from scheduler.queue import Queue
+from scheduler.readings import AdmissionCounts
 from scheduler.reconcile import owed_by_running_jobs, reconcile
 from worker.service import Worker
 

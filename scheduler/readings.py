@@ -1,0 +1,53 @@
+"""What is read into the log, a source or a batch of the inbox: how far, and what became of its records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from embedmill.documents import Cursor, Reject, SourceDocument
+
+
+@dataclass(slots=True)
+class AdmissionCounts:
+    """What became of the records read.
+
+    deleted: by their source; removed: passages that the new version of their document no longer has; repeated: the log held
+    them, from an earlier reading of the same source or batch.
+    """
+
+    new: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    deleted: int = 0
+    removed: int = 0
+    repeated: int = 0
+    rejected: int = 0
+
+    @property
+    def admitted(self) -> int:
+        return self.new + self.updated
+
+    def add(self, kind: str, count: int = 1) -> None:
+        setattr(self, kind, getattr(self, kind) + count)
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """A message of the inbox: its documents in order, and the key by which the log knows them."""
+
+    key: str
+    records: Sequence[SourceDocument | Reject]
+    counts: AdmissionCounts = field(default_factory=AdmissionCounts)
+    rejects: list[Reject] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """A source (`key` of its push, `name`) or a batch, and how far it was read; complete: a batch, to its end."""
+
+    key: str
+    name: str
+    cursor: Cursor
+    batch: Batch | None = None
+    complete: bool = False
