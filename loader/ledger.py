@@ -17,6 +17,7 @@ from typing import Any
 from embedmill.dataset import layout
 from embedmill.dataset.store import LocalStore, Store
 from embedmill.errors import ConfigurationError, CorruptStore, ObjectExists, StorageError
+from embedmill.failpoints import failpoint
 
 FOLDER = "loads"
 _LOCK = "lock"
@@ -103,6 +104,7 @@ class Ledger:
         key = self._key(result.shard)
         current = self._store.read_or_none(key)
         self._store.swap(key, result.to_bytes(), expected=current)
+        failpoint("loader.after_result")
         self._store.delete(self._intent_key(result.shard))
 
     def forget(self, shards: Iterable[int]) -> None:

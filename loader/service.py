@@ -24,6 +24,7 @@ from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset, now_iso
 from embedmill.dataset.index import DatasetIndex
 from embedmill.errors import ConfigurationError, CorruptStore, TransientError
+from embedmill.failpoints import afailpoint
 from scheduler.queue import Queue
 
 from .description import CollectionDescription, check_collection_name, default_collection
@@ -217,10 +218,14 @@ class Loader:
         load = await to_thread.run_sync(self._read, shard, committed)
         if shard in self._intents:
             await self._recover(shard, load.plan)
+        await afailpoint("loader.before_intent")
         await to_thread.run_sync(ledger.intend, shard)
+        await afailpoint("loader.after_intent")
         self._intents.add(shard)
         await self.target.upsert(load.rows)
+        await afailpoint("loader.after_upsert")
         await self.target.delete(load.plan.delete)
+        await afailpoint("loader.after_delete")
         self.counts.rows_upserted += len(load.rows)
         self.counts.rows_deleted += len(load.plan.delete)
         return LoadResult(
@@ -250,6 +255,7 @@ class Loader:
         with anyio.CancelScope(shield=True):
             if self.target.lite:
                 await self.target.flush()
+            await afailpoint("loader.after_flush")
             for result in results:
                 await to_thread.run_sync(self._require_ledger().record, result)
                 self._loaded[result.shard] = result.marker_crc32c

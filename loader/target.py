@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from embedmill.errors import ConfigurationError, EmbedmillError, Overloaded, StorageError, TransientError
+from embedmill.failpoints import afailpoint
 
 from .address import Address, check_folder, parse_address
 from .description import PROPERTY, CollectionDescription, check_collection_name
@@ -138,6 +139,7 @@ class MilvusTarget:
         """Send rows of `id, vector, text, metadata, version`, each id at most once."""
         for batch in _batches(rows):
             await self._call("upsert", self._client.upsert, self._name, list(batch), timeout=_CALL_S)
+            await afailpoint("loader.after_batch")
 
     async def delete(self, ids: Sequence[str]) -> None:
         """Ids that are not there are no error."""

@@ -1,7 +1,7 @@
-"""Known-bad variants of the queue and of what stands around it, and which layer of the tests must catch each.
+"""Known-bad variants of the queue, of admission and of what stands around them, and what must catch each.
 
-A layer that lets one of its mutants live has gone blind. `contract` is tests/contract (single calls on real servers),
-`simulation` is tests/simulation (the whole system on virtual time).
+A layer that lets one of its mutants live has gone blind. `contract` is tests/contract: one scenario on real servers.
+`simulation` is tests/simulation: the whole system on virtual time.
 """
 
 from __future__ import annotations
@@ -17,27 +17,36 @@ from embedmill import connection
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import Marker
 from embedmill.dataset.store import LocalStore
+from embedmill.inbox import InboxMessage
 from embedmill.messages import Announcement, DeadLetter, Task
+from scheduler.inbox import InboxAdmission, _MessageBatch
 from scheduler.queue import Queue
+from tests.contract import inbox_scenarios as inbox
+from tests.contract import queue_scenarios as queue
+from tests.contract.queue_scenarios import Scenario
 
 Layer = Literal["contract", "simulation"]
-_SIMULATION: tuple[Layer, ...] = ("simulation",)
-_CONTRACT: tuple[Layer, ...] = ("contract",)
-_BOTH: tuple[Layer, ...] = ("contract", "simulation")
+# More seeds follow a known one: any change of the product gives every seed another history.
+_SEEDS = 60
 # Taken before anything is patched.
 _script_text = connection.script_text
 _finish = Queue.finish
 _commit = Dataset.commit
+_run_script = InboxAdmission._run_script
+_admit = InboxAdmission._admit
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`apply()` is a context in which the product has the fault. seeds: within so many the simulation must catch it."""
+    """`apply()` is a context in which the product has the fault.
+
+    noticed_by: the scenario of the contract that must fail; seeds: one of them must make the simulation fail.
+    """
 
     name: str
-    caught_by: Sequence[Layer]
     apply: Callable[[], AbstractContextManager[Any]]
-    seeds: int = 60
+    noticed_by: Scenario | None = None
+    seeds: range | None = None
 
 
 def script_mutant(script: str, text: str, replacement: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -82,6 +91,17 @@ def _publish_over_others(_store: LocalStore, temporary: Path, path: Path) -> Non
     temporary.replace(path)
 
 
+async def _queue_after_removing(self: InboxAdmission, task: Task | None, batches: Sequence[Any]) -> None:
+    await _run_script(self, None, batches)
+    if task is not None:
+        await self._queue.enqueue([task])
+
+
+async def _remove_before_admitting(self: InboxAdmission, messages: Sequence[InboxMessage]) -> None:
+    await _run_script(self, None, [_MessageBatch(m.key, m.records, message=m) for m in messages])
+    await _admit(self, messages)
+
+
 async def _reconcile_nothing(*_arguments: Any, **_options: Any) -> int:
     return 0
 
@@ -90,56 +110,103 @@ def _patched(target: str, replacement: Any) -> Callable[[], AbstractContextManag
     return lambda: mock.patch(target, replacement)
 
 
+def _from(seed: int) -> range:
+    """Seeds from one that is known to notice the mutant."""
+    return range(seed, seed + _SEEDS)
+
+
 MUTANTS = [
-    Mutant("extend without a fence", _BOTH, script_mutant("extend", "task[1] == ARGV[i + 1] and ", "")),
+    Mutant(
+        "extend without a fence",
+        script_mutant("extend", "task[1] == ARGV[i + 1] and ", ""),
+        queue.an_old_lease_cannot_extend_a_later_one,
+        _from(0),
+    ),
     Mutant(
         "hand back without a fence",
-        _BOTH,
         script_mutant("give_back", "redis.call('HGET', key, 'epoch') ~= epoch or ", ""),
+        queue.an_old_lease_can_neither_release_nor_retry_a_later_one,
+        _from(0),
     ),
-    Mutant("finish leaves the lease", _BOTH, script_mutant("finish", "  redis.call('ZREM', leased, id)\n", "")),
-    Mutant("lease without reclaim", _BOTH, script_mutant("lease", "\nback(leased)\n", "\n")),
+    Mutant(
+        "finish leaves the lease",
+        script_mutant("finish", "  redis.call('ZREM', leased, id)\n", ""),
+        queue.a_finished_task_is_nowhere,
+        _from(0),
+    ),
+    Mutant(
+        "lease without reclaim",
+        script_mutant("lease", "\nback(leased)\n", "\n"),
+        queue.what_a_dead_worker_held_comes_back,
+        _from(0),
+    ),
     Mutant(
         "reclaim that looks at one lease, and that the newest",
-        _CONTRACT,
         script_mutant(
             "lease",
             "ipairs(redis.call('ZRANGEBYSCORE', from, '-inf', now_ms, 'LIMIT', 0, 100)) do\n",
             "ipairs(redis.call('ZRANGE', from, -1, -1)) do\n    if tonumber(redis.call('ZSCORE', from, id)) > now_ms then"
             " break end\n",
         ),
+        queue.expired_leases_all_come_back_beside_one_that_lives,
     ),
     Mutant(
         "an epoch that starts again when Redis was lost",
-        _BOTH,
         script_mutant("lease", "math.max(last + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]))", "last + 1"),
+        queue.a_lease_from_before_redis_lost_everything_is_lost,
+        _from(0),
     ),
     Mutant(
         "deliveries that progress does not reset",
-        _BOTH,
         script_mutant("extend", "if ARGV[i + 2] == '1' then", "if false then"),
+        queue.deliveries_count_until_there_is_progress,
+        _from(0),
     ),
     Mutant(
         "enqueue that forgets that a task is known",
-        _BOTH,
         script_mutant("enqueue", "if redis.call('EXISTS', task_key(id)) == 0 then", "if true then"),
+        queue.a_known_task_is_not_added_again,
+        _from(0),
     ),
-    Mutant("finish and announce in two calls", _SIMULATION, _finish_apart),
+    Mutant(
+        # The simulation does not see it: the scheduler reconciles the queue with the log, and nothing is lost.
+        "admit takes messages away before the shard is queued",
+        _patched("scheduler.inbox.InboxAdmission._run_script", _queue_after_removing),
+        inbox.a_message_stays_until_its_shard_is_queued,
+    ),
+    Mutant(
+        "admit takes messages away before the log has them",
+        _patched("scheduler.inbox.InboxAdmission._admit", _remove_before_admitting),
+        inbox.a_message_stays_until_its_shard_is_queued,
+        _from(0),
+    ),
+    Mutant(
+        # Nor this: the same text again is no new version, unless one message has two versions of a document.
+        "admission does not look up the keys of batches in the log",
+        _patched("embedmill.dataset.index.DatasetIndex.batches", lambda _index, _keys: {}),
+        inbox.a_message_that_is_read_again_adds_nothing,
+    ),
+    Mutant("finish and announce in two calls", _finish_apart, seeds=_from(0)),
     Mutant(
         "finish before the marker is durable",
-        _SIMULATION,
         _patched("embedmill.dataset.dataset.Dataset.commit", _commit_later),
+        seeds=_from(0),
     ),
     Mutant(
         "objects that overwrite each other",
-        _SIMULATION,
         _patched("embedmill.dataset.store.LocalStore._publish", _publish_over_others),
+        seeds=_from(0),
     ),
     Mutant(
-        "a scheduler that rebuilds nothing", _SIMULATION, _patched("scheduler.service.reconcile", _reconcile_nothing)
+        "a scheduler that rebuilds nothing", _patched("scheduler.service.reconcile", _reconcile_nothing), seeds=_from(0)
+    ),
+    Mutant(
+        "a scheduler that sweeps nothing",
+        _patched("scheduler.housekeeping.Housekeeping.sweep", lambda _self: None),
+        seeds=_from(0),
     ),
 ]
 
 
 def mutants_for(layer: Layer) -> list[Mutant]:
-    return [mutant for mutant in MUTANTS if layer in mutant.caught_by]
+    return [m for m in MUTANTS if (m.noticed_by if layer == "contract" else m.seeds) is not None]

@@ -27,6 +27,7 @@ def test_a_seed_has_one_history() -> None:
 
 @pytest.mark.parametrize("mutant", mutants_for("simulation"), ids=lambda mutant: mutant.name)
 def test_the_simulation_notices(mutant: Mutant) -> None:
+    assert mutant.seeds is not None
     with mutant.apply():
-        found = next((f for f in map(run_seed, range(mutant.seeds)) if f.failure is not None), None)
-    assert found is not None, f"{mutant.seeds} seeds did not notice: {mutant.name}"
+        found = next((f for f in map(run_seed, mutant.seeds) if f.failure is not None), None)
+    assert found is not None, f"no seed of {mutant.seeds} noticed: {mutant.name}"

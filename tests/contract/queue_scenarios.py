@@ -1,20 +1,14 @@
-"""What the queue promises of leases, on every server, and against scripts with a known fault."""
+"""What the queue promises of leases and tasks, as scenarios: the right scripts pass each of them, on every server, and each
+known fault of tests/mutants.py fails the one that it is listed with."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
-import pytest
-
-from embedmill.connection import Script, script_text
 from scheduler.queue import Depth, Extended
 from tests.contract.queue_bench import LEASE_S, Bench, only, shards, task, tasks
 
 Scenario = Callable[[Bench], Awaitable[None]]
-
-
-# Each of these is a contract test below, and what a faulty script must fail.
 
 
 async def an_old_lease_cannot_extend_a_later_one(bench: Bench) -> None:
@@ -72,50 +66,59 @@ async def what_a_dead_worker_held_comes_back(bench: Bench) -> None:
     assert all(int(new.epoch) > int(old.epoch) for new, old in zip(again, dead, strict=True))
 
 
+async def expired_leases_all_come_back_beside_one_that_lives(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(tasks(4))
+    await queue.lease("dead", count=3)
+    await bench.elapse(LEASE_S - 1)
+    living = await only(queue.lease("living"))
+    await bench.elapse(1)
+    assert shards(await queue.lease("w", count=9)) == [0, 1, 2]
+    assert await queue.extend([living]) == Extended()
+
+
+async def a_lease_from_before_redis_lost_everything_is_lost(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue([task(1)])
+    old = await only(queue.lease("old"))
+    await bench.connection.command("FLUSHALL")
+    await queue.enqueue([task(1)])
+    new = await only(queue.lease("new"))
+    assert int(new.epoch) > int(old.epoch)
+    assert (await queue.extend([old, new])).lost == {old.task.id}
+    assert not await queue.release(old)
+    assert (await queue.depth()).leased == 1
+
+
+async def deliveries_count_until_there_is_progress(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue([task(1)])
+    seen = []
+    for progressed in (False, False, True, False):
+        lease = await only(queue.lease("w"))
+        seen.append(lease.deliveries)
+        await queue.extend([lease], progressed=[lease.task.id] if progressed else [])
+        await bench.elapse(LEASE_S)
+    assert seen == [1, 2, 3, 1]
+
+
+async def a_known_task_is_not_added_again(bench: Bench) -> None:
+    queue = bench.queue
+    assert await queue.enqueue(tasks(3)) == 3
+    held, later = await queue.lease("w", count=2)
+    await queue.retry(later, delay_s=5)
+    assert await queue.enqueue([*tasks(3), *tasks(3)]) == 0
+    assert await queue.depth() == Depth(0, 1, 1, 1, 0)
+    assert await queue.extend([held]) == Extended()
+
+
 SCENARIOS: list[Scenario] = [
     an_old_lease_cannot_extend_a_later_one,
     an_old_lease_can_neither_release_nor_retry_a_later_one,
     a_finished_task_is_nowhere,
     what_a_dead_worker_held_comes_back,
+    expired_leases_all_come_back_beside_one_that_lives,
+    a_lease_from_before_redis_lost_everything_is_lost,
+    deliveries_count_until_there_is_progress,
+    a_known_task_is_not_added_again,
 ]
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-async def test_a_lease_keeps_its_promises_when(bench: Bench, scenario: Scenario) -> None:
-    await scenario(bench)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A script with `text` replaced, and the scenario that must notice."""
-
-    script: str
-    text: str
-    replacement: str
-    noticed_by: Scenario
-
-
-FAULTS = {
-    "extend without a fence": Fault(
-        "extend", "task[1] == ARGV[i + 1] and ", "", an_old_lease_cannot_extend_a_later_one
-    ),
-    "hand back without a fence": Fault(
-        "give_back",
-        "redis.call('HGET', key, 'epoch') ~= epoch or ",
-        "",
-        an_old_lease_can_neither_release_nor_retry_a_later_one,
-    ),
-    "finish leaves the lease": Fault("finish", "  redis.call('ZREM', leased, id)\n", "", a_finished_task_is_nowhere),
-    "lease without reclaim": Fault("lease", "\nback(leased)\n", "\n", what_a_dead_worker_held_comes_back),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-async def test_a_faulty_script_is_noticed(bench: Bench, fault: Fault) -> None:
-    source = script_text(f"scheduler/{fault.script}")
-    assert source.count(fault.text) == 1
-    connection = bench.connection
-    faulty = Script(source.replace(fault.text, fault.replacement))
-    connection._scripts[f"scheduler/{fault.script}"] = faulty
-    with pytest.raises(AssertionError):
-        await fault.noticed_by(bench)
