@@ -16,7 +16,9 @@ from embedmill.dataset.summary import spent_recently
 from embedmill.embedder import Embedder
 from embedmill.errors import CorruptStore, EmbedmillError, StorageError
 from embedmill.messages import Task
+from embedmill.token_estimates import LearnsTokens, read_estimates, write_estimates
 
+_WORTH_KEEPING = 1.1
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 30.0, 600.0
 _log = logging.getLogger("embedmill.worker")
 
@@ -28,6 +30,7 @@ class OpenDatasets:
         self._embedder = embedder
         self._on_open = on_open
         self._open: dict[str, Dataset] = {}
+        self._kept_bills = 0
 
     def get(self, task: Task) -> Dataset | None:
         """The dataset that a task is about; None where it is gone or another one stands in its place. Blocking.
@@ -49,8 +52,34 @@ class OpenDatasets:
             known.require(self._embedder.spec)
             if self._on_open is not None:
                 self._on_open(known)
+            self._learn_from(known)
             self._open[task.dataset] = known
         return known
+
+    def keep_learned(self, task: Task) -> None:
+        """Write down what was learned of token counts since, when it is worth it. Blocking; trouble is only logged."""
+        dataset = self.known(task)
+        if dataset is None or not isinstance(self._embedder, LearnsTokens):
+            return
+        bills = self._embedder.estimator.bills
+        if bills > _WORTH_KEEPING * self._kept_bills:
+            try:
+                write_estimates(dataset.store, self._embedder.estimator)
+                self._kept_bills = bills
+            except StorageError as error:
+                _log.warning("what was learned of token counts was not kept: %s", error)
+
+    def _learn_from(self, dataset: Dataset) -> None:
+        if not isinstance(self._embedder, LearnsTokens):
+            return
+        try:
+            learned = read_estimates(dataset.store)
+        except CorruptStore as error:
+            _log.warning("%s; token counts of %s are learned anew", error, dataset.url)
+            return
+        if learned is not None and learned.bills > self._embedder.estimator.bills:
+            self._embedder.estimator.adopt(learned)
+            self._kept_bills = learned.bills
 
     def busy_of(self, key_id: str) -> Callable[[], Awaitable[bool]]:
         """Whether the spend logs of the open datasets show that a key was billed within the last minute."""

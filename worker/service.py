@@ -217,6 +217,7 @@ class Worker:
             await self._queue.finish(task, dead=dead_letters(marker, task))
             held.settled = True
             self._tools.counts.shards += 1
+            await to_thread.run_sync(self._datasets.keep_learned, task)
         await afailpoint("worker.after_finish")
         if on_commit is not None:
             on_commit(task.shard)

@@ -31,6 +31,7 @@ JOBS_FOLDER = "jobs"
 SPEND_FOLDER = "spend"
 CHECKPOINTS_FOLDER = "checkpoints"
 DROPPED_KEY = "dead/dropped.jsonl"
+TOKENS_KEY = "tokens.json"
 
 JobState = Literal["running", "paused", "cancelled"]
 StoppedBy = Literal["", "user", "worker"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -12,7 +13,8 @@ from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import DELETED, EMBEDDED
 from embedmill.dataset.passages import ShardOrigin
-from embedmill.embedder import EmbedderSpec
+from embedmill.embedder import EmbedderSpec, Embedding, Role
+from embedmill.token_estimates import TokenEstimator, read_estimates
 from scheduler.queue import Queue
 from scheduler.reconcile import reconcile
 from tests.datasets import admit_texts, passage, small_dataset
@@ -120,3 +122,31 @@ async def test_deleted_rows_are_not_sent_and_a_committed_shard_is_only_acknowled
     assert await queue.enqueue([task(dataset.url, "d0", 0, rows=3)]) == 1
     await work_off(queue, embedder)
     assert embedder.requests == [["one", "three"]]
+
+
+async def test_what_is_learned_of_token_counts_goes_on_with_the_next_worker(
+    tmp_path: Path, connection: Connection
+) -> None:
+    class Learning(TestedEmbedder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.estimator = TokenEstimator()
+
+        async def embed(self, texts: Sequence[str], *, role: Role = "document") -> Embedding:
+            embedding = await super().embed(texts, role=role)
+            self.estimator.learn(texts, embedding.billed_tokens)
+            return embedding
+
+    dataset, queue = small_dataset(tmp_path / "learned"), Queue(connection)
+    await owe(dataset, queue, texts_of(0), texts_of(1))
+    first = Learning()
+    await work_off(queue, first)
+    assert first.estimator.bills == 4
+    await owe(dataset, queue, texts_of(2))
+    second = Learning()
+    await work_off(queue, second)
+    assert second.estimator.bills == 6
+    learned = read_estimates(dataset.store)
+    assert learned is not None
+    assert learned.bills == 6
+    assert second.estimator.error < first.estimator.error

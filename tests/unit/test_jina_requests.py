@@ -76,8 +76,24 @@ def test_a_small_quota_makes_smaller_requests_but_one_passage_always_fits():
     assert embedder(tokens_per_minute=1_000).limits.max_tokens == 8_192
 
 
-def test_estimates_count_bytes_and_stop_at_the_models_limit():
-    assert embedder().estimate_tokens(["", "a" * 40, "漢" * 40, "a" * 10**6]) == [2, 13, 35, 8192]
+def test_estimates_stop_at_the_models_limit():
+    empty, short, han, long = embedder().estimate_tokens(["", "a" * 40, "漢" * 40, "a" * 10**6])
+    assert 1 <= empty < short < han < long == 8192
+
+
+async def test_what_is_billed_is_learned_but_not_from_texts_that_may_have_been_cut(monkeypatch):
+    jina = embedder()
+    content = {"data": [item(0, [1.0] * 1024)], "usage": {"total_tokens": 7}}
+
+    async def answer(*_):
+        return Answer(200, {}, content, "")
+
+    monkeypatch.setattr(jina._http, "post_json", answer)
+    await jina.embed(["a" * 9000])
+    assert jina.estimator.bills == 0
+    for _ in range(20):
+        await jina.embed(["seven of them"])
+    assert jina.estimate_tokens(["seven of them"]) == [pytest.approx(7, abs=1)]
 
 
 def test_rows_are_placed_by_index_whatever_their_order():

@@ -29,6 +29,7 @@ from embedmill.errors import (
     RateLimited,
 )
 from embedmill.models import find_model
+from embedmill.token_estimates import TokenEstimator
 
 from .http import ATTEMPT_TIMEOUT_S, Answer, HttpClient, retry_after_s
 
@@ -39,6 +40,7 @@ _MAX_REQUEST_TOKENS = 16_384
 _REQUESTS_PER_MINUTE_OF_TOKENS = 12
 # Estimates err; a late-chunking request over the limit fails as a whole.
 _LATE_CHUNKING_SHARE = 0.9
+_EVERY_BILL_UPTO, _LATER_EVERY = 64, 8
 _OVERLOADED = frozenset({408, 409, 425, 500, 502, 503, 521, 522, 523})
 _LIMIT_CODES = {
     "RATE_REQUEST_LIMIT_EXCEEDED": "requests",
@@ -79,6 +81,8 @@ class JinaEmbedder:
         self._dimensions = self._model.check_dimensions(dimensions)
         document_task, query_task = self._model.tasks_by_role(task)
         self._tasks: dict[Role, str | None] = {"document": document_task, "query": query_task}
+        self.estimator = TokenEstimator()
+        self._answers = 0
         self._http = HttpClient(api_base, secret=_checked_key(key), attempt_timeout_s=attempt_timeout_s)
         self.spec = EmbedderSpec(
             model=model,
@@ -95,14 +99,16 @@ class JinaEmbedder:
 
     def estimate_tokens(self, texts: Sequence[str]) -> list[int]:
         limit = self._model.max_input_tokens
-        return [min(limit, math.ceil(len(text.encode("utf-8", "replace")) / 4 * 1.1) + 2) for text in texts]
+        return [min(limit, math.ceil(tokens)) for tokens in self.estimator.estimate(texts)]
 
     async def embed(self, texts: Sequence[str], *, role: Role = "document") -> Embedding:
         """See `Embedder.embed`. Raises ConfigurationError, too, when the provider does not know the model or the address."""
         answer = await self._http.post_json("embeddings", self.request_body(texts, role=role))
         if answer.status != 200:
             raise error_for(answer)
-        return parse_embedding(answer.content, rows=len(texts), dimensions=self._dimensions)
+        embedding = parse_embedding(answer.content, rows=len(texts), dimensions=self._dimensions)
+        self._learn(texts, embedding.billed_tokens)
+        return embedding
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -120,6 +126,16 @@ class JinaEmbedder:
         }
         fields = {name: value for name, value in wanted.items() if name in self._model.fields and value is not None}
         return {"model": self._model.wire_name, "input": list(texts), **fields}
+
+    def _learn(self, texts: Sequence[str], billed_tokens: int) -> None:
+        """From every bill at first; later every eighth teaches enough, and counting characters costs time."""
+        estimator = self.estimator
+        self._answers += 1
+        if estimator.bills >= _EVERY_BILL_UPTO and self._answers % _LATER_EVERY:
+            return
+        # What was cut was not billed whole.
+        if max(map(len, texts)) < self._model.max_input_tokens:
+            estimator.learn(texts, billed_tokens)
 
     def _request_tokens(self, tokens_per_minute: int | None) -> int:
         if self._late_chunking:
