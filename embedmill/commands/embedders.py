@@ -10,9 +10,9 @@ from embedmill.connection import Connection
 from scheduler.budget import Budget, RequestBudget, Unlimited, key_id
 from worker.embedders.jina import API_BASE, JinaEmbedder, key_from_environment
 
-from ..embedder import Embedder
+from ..embedder import BatchLimits, Embedder
 from ..errors import ConfigurationError
-from ..models import find_tier
+from ..models import Tier, find_tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,11 @@ def make_budget(choice: ModelChoice, connection: Connection, *, namespace: str) 
         tpm=choice.tpm or tier.tokens,
         concurrency=choice.concurrency or tier.concurrency,
     )
+
+
+def request_limits(model: str, tier: Tier) -> BatchLimits:
+    """What one request of a provider's model may hold at a tier. Needs no key, and sends nothing."""
+    return JinaEmbedder(model, key="unused", tokens_per_minute=tier.tokens, concurrency=tier.concurrency).limits
 
 
 def _make_jina(choice: ModelChoice) -> Embedder:

@@ -18,6 +18,7 @@ from .options import check_environment, load_config
 
 _COMMANDS = {
     "run": "run:run",
+    "quote": "quote:quote",
     "create": "jobs:create",
     "push": "push:push",
     "search": "search:search",
