@@ -23,9 +23,11 @@ from .batches import Closed, OpenBatches
 from .groups import Groups
 from .log_view import LogView, Newest
 from .open_shard import OpenShard, Waiting
-from .readings import AdmissionCounts, Batch, Reading
+from .readings import AdmissionCounts, Batch, Reading, Taken
 
 MAX_SHARD_TEXT_BYTES = 64 * 1024 * 1024
+# Records that the open shard decided on are kept until it is closed; it is closed at so many times its rows.
+_JOURNAL_SHARDS = 4
 _NO_METADATA = "{}"
 _NO_TEXT_HASH, _NO_METADATA_HASH = hash16(""), hash16(_NO_METADATA)
 
@@ -41,7 +43,8 @@ class Admitted:
 class Admitter:
     """Fills shards and closes them. Blocking: run it in a thread; one object serves one thread at a time.
 
-    It is given either sources (`admit`) or batches of the inbox (`admit_batches`), not both.
+    It is given either sources (`admit`) or batches of the inbox (`admit_batches`), not both. on_late_reject: called with
+    the key of a source and a record of it that was taken, lost a race against another admitter, and cannot be taken now.
     """
 
     def __init__(self, dataset: Dataset, index: DatasetIndex, *, job: str, lane: Lane = "bulk") -> None:
@@ -55,6 +58,12 @@ class Admitter:
         self._batches = OpenBatches(self._log)
         self._groups = Groups()
         self._removed_some = False
+        # The record at hand, those since the last close that the open shard decided on, and how many races were lost.
+        self._taking: Taken | None = None
+        self._decided_here = False
+        self._journal: list[Taken] = []
+        self._races = 0
+        self.on_late_reject: Callable[[str, Reject], None] = lambda _key, _reject: None
         # Other processes may move the index on under us. What is open was held against the log before this number, and
         # only whoever has read all of it may write the next.
         self._next_shard = index.next_shard
@@ -106,7 +115,7 @@ class Admitter:
         def close() -> None:
             keep()
             result.tasks.extend(self.close_shard())
-            self._log.look_up(records[taken:])
+            self._log.look_up(records[taken - 1 :])
 
         self._log.look_up(records)
         ids = [record.id for record in records if isinstance(record, SourceDocument)]
@@ -114,10 +123,8 @@ class Admitter:
         before = len(self._unchanged)
         reading = self._readings.setdefault(push_key, Reading(push_key, name, Cursor()))
         for record in records:
-            self._make_room(reading, record, close)
             taken += 1
-            reading.cursor = record.cursor
-            reject = self._take_record(reading, record)
+            reject = self._take_record(reading, record, close)
             if reject is not None:
                 self.counts.rejected += 1
                 result.rejects.append(reject)
@@ -141,23 +148,22 @@ class Admitter:
 
         def close() -> None:
             closed.append(self.close_batches())
-            self._log.look_up(records[taken:], keys=keys)
+            self._log.look_up(records[taken - 1 :], keys=keys)
 
         self._log.look_up(records, keys=keys)
         for batch in batches:
             reading, earlier = self._batches.add(batch)
             for record in batch.records:
-                self._make_room(reading, record, close)
                 taken += 1
-                reading.cursor = record.cursor
                 if (
                     earlier is not None
                     and isinstance(record, SourceDocument)
                     and record.cursor.record <= earlier.cursor.record
                 ):
+                    reading.cursor = record.cursor
                     self._count(reading, "repeated")
                     continue
-                reject = self._take_record(reading, record)
+                reject = self._take_record(reading, record, close)
                 if reject is not None:
                     self._count(reading, "rejected")
                     batch.rejects.append(reject)
@@ -166,16 +172,19 @@ class Admitter:
                     close()
             reading.complete = True
         if self.is_empty:
-            closed.append(self._batches.give_back(None))
+            closed.append(self._batches.give_back([]))
         return closed
 
     def close_batches(self) -> Closed:
         """Write the open shard, however full, and give back the batches that it completes."""
-        tasks = self.close_shard()
-        return self._batches.give_back(tasks[0] if tasks else None)
+        return self._batches.give_back(self.close_shard())
 
     def close_shard(self) -> list[Task]:
-        """Write the open shard, however full; its task, or none when there was nothing in it."""
+        """Write the open shard, however full; its task, or none when there was nothing in it.
+
+        More than one when another admitter was faster, and what is left to write after it has become too much for one.
+        """
+        tasks: list[Task] = []
         while self._open.rows:
             shard = self._next_shard
             origin = self._origin(shard)
@@ -184,19 +193,38 @@ class Admitter:
             except ObjectExists:
                 self._dataset.catch_up(self._index)
                 self._next_shard = self._index.next_shard
-                self._drop_admitted()
+                tasks += self._judge_anew()
                 continue
             failpoint("scheduler.after_documents")
             self._index.absorb(shard, table, origin)
             self._next_shard = shard + 1
-            task = self._task(shard)
+            tasks.append(self._task(shard))
             self._open.clear()
-            self._batches.written()
-            return [task]
-        return []
+            if self._taking is not None:
+                self._taking.counted.clear()
+        self._journal.clear()
+        return tasks
 
-    def _take_record(self, reading: Reading, record: SourceDocument | Reject) -> Reject | None:
-        """Take one record; what is to be refused."""
+    def _take_record(
+        self, reading: Reading, record: SourceDocument | Reject, close: Callable[[], None]
+    ) -> Reject | None:
+        """Take one record; what is to be refused. `close` is called for shards that it fills before its end."""
+        taking = self._taking = Taken(reading, record, reading.cursor)
+        self._decided_here = False
+        races = -1
+        while self._races != races:
+            # Rows that it had put into the open shard were lost with a race, and are not in the journal yet.
+            races = self._races
+            self._take_back(taking)
+            self._make_room(reading, record, close)
+        reading.cursor = record.cursor
+        reject = self._judge(reading, record)
+        if self._decided_here and reject is None:
+            self._journal.append(taking)
+        self._taking = None
+        return reject
+
+    def _judge(self, reading: Reading, record: SourceDocument | Reject) -> Reject | None:
         if isinstance(record, Reject):
             return record
         if record.group is None:
@@ -234,7 +262,7 @@ class Admitter:
         passage = Passage(
             record.id, record.text, record.metadata, version, text_hash, metadata_hash, False, record.group
         )
-        self._put(Waiting(reading, passage, carried, len(record.text.encode()), record.cursor, counted))
+        self._put(Waiting(reading, passage, carried, len(record.text.encode()), counted))
         return None
 
     def _reason_against(self, reading: Reading, record: SourceDocument, newest: Newest | None) -> str | None:
@@ -256,13 +284,17 @@ class Admitter:
             gone = Passage(
                 record.id, "", _NO_METADATA, newest.version + 1, _NO_TEXT_HASH, _NO_METADATA_HASH, True, record.group
             )
-            self._put(Waiting(reading, gone, None, 0, record.cursor, "removed" if removed else "deleted"))
+            self._put(Waiting(reading, gone, None, 0, "removed" if removed else "deleted"))
         elif not removed:
             # Of a document that was split, only the passages were there.
             self._count(reading, "deleted" if self._removed_some else "unchanged")
 
     def _newest(self, id_: str) -> Newest | None:
-        return self._open.newest(id_) or self._log.newest(id_)
+        here = self._open.newest(id_)
+        if here is None:
+            return self._log.newest(id_)
+        self._decided_here = True
+        return here
 
     def _pass_over(self, reading: Reading, id_: str) -> None:
         self._count(reading, "unchanged")
@@ -271,9 +303,22 @@ class Admitter:
 
     def _put(self, waiting: Waiting) -> None:
         self._open.put(waiting)
+        self._decided_here = True
         self._count(waiting.reading, waiting.counted)
 
-    def _count(self, reading: Reading, kind: str, count: int = 1) -> None:
+    def _count(self, reading: Reading, kind: str) -> None:
+        self._add(reading, kind, 1)
+        if self._taking is not None:
+            self._taking.counted.append(kind)
+
+    def _take_back(self, taken: Taken) -> None:
+        for kind in taken.counted:
+            self._add(taken.reading, kind, -1)
+        if "unchanged" in taken.counted and isinstance(taken.record, SourceDocument):
+            self._unchanged.discard((taken.reading.key, taken.record.id))
+        taken.counted.clear()
+
+    def _add(self, reading: Reading, kind: str, count: int) -> None:
         self.counts.add(kind, count)
         if reading.batch is not None:
             reading.batch.counts.add(kind, count)
@@ -292,7 +337,7 @@ class Admitter:
             self._groups.see(reading.key, group, record.id)
         if not record.last:
             return
-        former = self._log.members(group) | self._open.members(group)
+        former = {id_ for id_ in self._log.members(group) | self._open.members(group) if self._belongs(id_, group)}
         if record.group is None and not former:
             return
         if self._log.is_logged(reading, record.cursor) or self._groups.refusal(reading.key, group):
@@ -307,19 +352,66 @@ class Admitter:
             self._take(reading, gone, removed=True)
             self._removed_some = self._removed_some or len(self._open.rows) > before
             if self._is_full():
+                races = self._races
                 close()
+                if self._races != races:
+                    return
+
+    def _belongs(self, id_: str, group: str) -> bool:
+        """The passage is this document's still: another one may have taken its id over."""
+        newest = self._newest(id_)
+        return newest is not None and newest.group == group
 
     def _is_full(self) -> bool:
-        return len(self._open.rows) >= self._dataset.info.shard_rows or self._open.text_bytes >= MAX_SHARD_TEXT_BYTES
+        rows = self._dataset.info.shard_rows
+        return bool(self._open.rows) and (
+            len(self._open.rows) >= rows
+            or self._open.text_bytes >= MAX_SHARD_TEXT_BYTES
+            or len(self._journal) >= _JOURNAL_SHARDS * rows
+        )
 
-    def _drop_admitted(self) -> None:
-        """After a lost race: keep what the log does not hold yet, with versions above those that it holds now."""
-        waiting = self._open.clear()
-        documents = [w.as_document() for w in waiting]
-        self._log.look_up(documents, keys=self._batches.keys)
-        for w, document in zip(waiting, documents, strict=True):
-            self._count(w.reading, w.counted, -1)
-            self._take(w.reading, document, removed=w.counted == "removed")
+    def _judge_anew(self) -> list[Task]:
+        """After a lost race: take the records that the open shard decided on once more, behind what the winner wrote.
+
+        The tasks of the shards that they filled; what is left waits in the open shard.
+        """
+        journal, self._journal = self._journal, []
+        at_hand, self._taking = self._taking, None
+        self._races += 1
+        self._open.clear()
+        ends = {taken.reading: taken.reading.cursor for taken in journal}
+        for taken in reversed(journal):
+            self._take_back(taken)
+            taken.reading.cursor = taken.before
+        tasks: list[Task] = []
+        done = 0
+
+        def look_up() -> None:
+            self._log.look_up([taken.record for taken in journal[max(0, done - 1) :]], keys=self._batches.keys)
+
+        def close() -> None:
+            tasks.extend(self.close_shard())
+            look_up()
+
+        look_up()
+        for taken in journal:
+            done += 1
+            reject = self._take_record(taken.reading, taken.record, close)
+            if reject is not None:
+                self._refuse_late(taken.reading, reject)
+            if self._is_full():
+                close()
+        for reading, end in ends.items():
+            reading.cursor = max(reading.cursor, end)
+        self._taking = at_hand
+        return tasks
+
+    def _refuse_late(self, reading: Reading, reject: Reject) -> None:
+        self._add(reading, "rejected", 1)
+        if reading.batch is not None:
+            reading.batch.rejects.append(reject)
+        else:
+            self.on_late_reject(reading.key, reject)
 
     def _origin(self, shard: int) -> ShardOrigin:
         positions = tuple(self._batches.positions(self._open))

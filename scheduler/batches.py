@@ -6,7 +6,6 @@ when none of its documents made a row: what is newer than a row must not come ag
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,15 +17,15 @@ from .log_view import LogView
 from .open_shard import OpenShard
 from .readings import Batch, Reading
 
-# Keys of batches without a row wait for the next shard to be kept in; so many of them.
-_RIDING_KEYS = 4096
-
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Batches of which everything is in the log, or needs not be, and the shard that was closed for it, if any."""
+    """Batches of which everything is in the log, or needs not be, and the shards that were closed for it.
 
-    task: Task | None
+    These are one or none; more when another admitter was faster, and what was left did not fit into one.
+    """
+
+    tasks: list[Task]
     batches: list[Batch]
 
 
@@ -37,7 +36,6 @@ class OpenBatches:
         self._log = log
         self._readings: list[Reading] = []
         self._by_key: dict[str, Reading] = {}
-        self._riding: deque[tuple[str, int]] = deque(maxlen=_RIDING_KEYS)
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -55,9 +53,7 @@ class OpenBatches:
         return reading, earlier
 
     def positions(self, shard: OpenShard) -> Iterator[BatchPosition]:
-        """What the log is to know of batches when this shard is closed, those without a row first or between the others."""
-        for key, record in self._riding:
-            yield BatchPosition(key, record, 0)
+        """What the log is to know of batches when this shard is closed, also of those without a row between the others."""
         if not self._readings:
             return
         rows = shard.rows_by_reading()
@@ -67,17 +63,13 @@ class OpenBatches:
                 yield BatchPosition(reading.key, reading.cursor.record, first_row)
             first_row += rows[reading]
 
-    def written(self) -> None:
-        """A shard with these positions is in the log."""
-        self._riding.clear()
-
-    def give_back(self, task: Task | None) -> Closed:
-        """Those that were read to their end, once nothing of them waits; task: the shard that was written for it."""
+    def give_back(self, tasks: list[Task]) -> Closed:
+        """Those that were read to their end, once nothing of them waits; tasks: the shards that were written for it."""
         complete = [reading for reading in self._readings if reading.complete]
-        if task is None:
-            self._riding.extend(
-                (r.key, r.cursor.record) for r in complete if r.cursor.record and not self._log.is_logged(r, r.cursor)
+        if not tasks:
+            self._log.keep_rowless(
+                [(r.key, r.cursor.record) for r in complete if r.cursor.record and not self._log.is_logged(r, r.cursor)]
             )
         self._readings = [reading for reading in self._readings if not reading.complete]
         self._by_key = {reading.key: reading for reading in self._readings}
-        return Closed(task, [reading.batch for reading in complete if reading.batch is not None])
+        return Closed(tasks, [reading.batch for reading in complete if reading.batch is not None])

@@ -10,14 +10,16 @@ from collections.abc import Set as AbstractSet
 
 from embedmill.documents import SourceDocument
 
+# A document's passages follow each other; more than the last one matter only when a lost race is replayed.
+_REMEMBERED = 4096
+
 
 class Groups:
     """The document that is being read now, by the key of its reading and its id (the group of its passages)."""
 
     def __init__(self) -> None:
         self._seen: tuple[str, str, set[str]] = ("", "", set())
-        self._refused: tuple[str, str] | None = None
-        self._reason = ""
+        self._refused: dict[tuple[str, str], str] = {}
 
     def see(self, reading_key: str, group: str, id_: str) -> None:
         """A passage of it was read."""
@@ -27,11 +29,13 @@ class Groups:
 
     def refuse(self, reading_key: str, group: str, reason: str) -> None:
         """One of its passages was refused; those that follow are, too."""
-        self._refused, self._reason = (reading_key, group), reason
+        if len(self._refused) >= _REMEMBERED:
+            del self._refused[next(iter(self._refused))]
+        self._refused[reading_key, group] = reason
 
     def refusal(self, reading_key: str, group: str) -> str | None:
         """Why it is refused."""
-        return self._reason if (reading_key, group) == self._refused else None
+        return self._refused.get((reading_key, group))
 
     def no_longer(self, record: SourceDocument, former: AbstractSet[str], *, was_whole: bool) -> list[str]:
         """Which ids go with its last passage, or with the document when it is not split.

@@ -91,7 +91,6 @@ class InboxAdmission:
         self._filling: dict[str, _Filling] = {}
         self._held: dict[str, InboxMessage] = {}
         self._behind = ""
-        self._message_bytes = _BLOCK_BYTES // 16
         self.counts = InboxCounts()
 
     async def run(self, stopping: anyio.Event) -> None:
@@ -163,24 +162,29 @@ class InboxAdmission:
         if not self._held:
             self._behind = ""
         start = f"({self._behind}" if self._behind else "-"
-        count = max(1, min(_BLOCK_MESSAGES, _BLOCK_BYTES // max(1, self._message_bytes)))
-        entries = await self._connection.command("XRANGE", self._stream, start, "+", "COUNT", count)
+        limits = [_BLOCK_MESSAGES, _BLOCK_BYTES]
+        entries = await self._connection.script("scheduler/read", [self._prefix], [self._name, start, *limits])
         if not entries:
             return False
         messages = await to_thread.run_sync(_read, entries, self._name)
-        sizes = [sum(map(len, message.raw.values())) for message in messages]
-        self._message_bytes = max(1, sum(sizes) // len(sizes))
         for run in _runs_of_one_job(messages):
             await self._admit(run)
         return True
 
     async def _admit(self, messages: Sequence[InboxMessage]) -> None:
-        """Messages of one job, in their order."""
+        """Messages of one job, in their order. One that is refused as a whole has no documents, and waits for nothing."""
         job = messages[0].job
         for message in messages:
             self._held[message.id] = message
         self._behind = messages[-1].id
-        ids = {record.id for message in messages for record in message.records if isinstance(record, SourceDocument)}
+        refused = [message for message in messages if message.refusal]
+        if refused:
+            await self._finish(Closed([], [_MessageBatch(m.key, (), message=m) for m in refused]))
+            messages = [message for message in messages if not message.refusal]
+            if not messages:
+                return
+        records = [record for message in messages for record in message.records if isinstance(record, SourceDocument)]
+        ids = {record.id for record in records} | {record.group for record in records if record.group is not None}
         for other, filling in list(self._filling.items()):
             # What is newer must not come into the log first.
             if other != job and any(filling.admitter.holds(ids, key=message.key) for message in messages):
@@ -196,7 +200,7 @@ class InboxAdmission:
                 filling.since = None
         for part in closed:
             await self._finish(part)
-            if part.task is not None:
+            if part.tasks:
                 filling.since = None
         if filling.since is None and not filling.admitter.is_empty:
             filling.since = anyio.current_time()
@@ -228,15 +232,19 @@ class InboxAdmission:
     async def _finish(self, closed: Closed) -> None:
         """Queue the shard, take away the messages whose documents are in the log, write their receipts."""
         messages = [batch.message for batch in closed.batches if isinstance(batch, _MessageBatch)]
-        if not messages and closed.task is None:
+        if not messages and not closed.tasks:
             return
         if any(batch.counts.repeated for batch in closed.batches):
             # Somebody wrote a shard and perhaps died before queueing it; without its messages nobody would be reminded.
             await reconcile(self._dataset, self._queue)
         await to_thread.run_sync(keep_refusals, self._dataset, self._name, list(_rejects(closed.batches)))
         await afailpoint("scheduler.before_admit")
-        job_runs = closed.task is None or await to_thread.run_sync(self._is_running, closed.task.job)
-        task = closed.task if job_runs else None
+        tasks = closed.tasks
+        if tasks and not await to_thread.run_sync(self._is_running, tasks[0].job):
+            tasks = []
+        if len(tasks) > 1:
+            await self._queue.enqueue(tasks[:-1])
+        task = tasks[-1] if tasks else None
         for start in range(0, max(1, len(closed.batches)), _SCRIPT_MESSAGES):
             part = closed.batches[start : start + _SCRIPT_MESSAGES]
             await self._run_script(task if start == 0 else None, part)
@@ -255,13 +263,13 @@ class InboxAdmission:
         await self._connection.script("scheduler/admit", [self._prefix], arguments)
 
     def _count(self, closed: Closed) -> None:
-        self.counts.shards += closed.task is not None
+        self.counts.shards += len(closed.tasks)
         for batch in closed.batches:
             self.counts.messages += 1
             self.counts.documents += batch.counts.admitted + batch.counts.deleted
             self.counts.rejected += len(batch.rejects)
-        if closed.task is not None:
-            _log.debug("inbox %s: shard %d has %d messages", self._name, closed.task.shard, len(closed.batches))
+        for task in closed.tasks:
+            _log.debug("inbox %s: shard %d is admitted", self._name, task.shard)
 
     def _is_running(self, job: str) -> bool:
         """A paused job's shards are not queued; reconciling does that when it goes on."""
@@ -287,8 +295,8 @@ class _MessageBatch(Batch):
     message: InboxMessage
 
 
-def _read(entries: Sequence[tuple[str, dict[str, str] | None]], name: str) -> list[InboxMessage]:
-    return [read_message(str(message_id), fields or {}, inbox=name) for message_id, fields in entries]
+def _read(entries: Sequence[tuple[str, Sequence[str]]], name: str) -> list[InboxMessage]:
+    return [read_message(id_, dict(zip(flat[::2], flat[1::2], strict=True)), inbox=name) for id_, flat in entries]
 
 
 def _runs_of_one_job(messages: Sequence[InboxMessage]) -> Iterator[list[InboxMessage]]:

@@ -35,6 +35,8 @@ class Intake:
         self._admitter = admitter
         self._queue = queue
         self._rejects = rejects
+        self._files: dict[str, RejectFile] = {}
+        admitter.on_late_reject = self._keep_late
         self._left = limit
         self._strict = strict
         self._stopped = False
@@ -73,13 +75,18 @@ class Intake:
         for source in sources:
             await self._read(source, beside=keys)
         if not self._stopped:
-            await self._queue.enqueue(await to_thread.run_sync(self._admitter.close_shard))
+            try:
+                await self._queue.enqueue(await to_thread.run_sync(self._admitter.close_shard))
+            finally:
+                for rejects in self._files.values():
+                    await to_thread.run_sync(_close, rejects)
             self.finished = True
 
     async def _read(self, source: Source, *, beside: set[str]) -> None:
         push_key, after = await to_thread.run_sync(partial(self._admitter.reading, source.push_key, beside=beside))
         rejects = RejectFile(self._rejects / f"{_file_name(source.name)}-{source.push_key[:8]}.jsonl")
         await to_thread.run_sync(rejects.resume, after)
+        self._files[push_key] = rejects
         if after is not None:
             self._read_bytes[source.push_key] = source.position_bytes(after)
         records = source.read(after=after)
@@ -110,6 +117,14 @@ class Intake:
         if rejects.count:
             self.reject_files[rejects.path] = rejects.count
         self._read_bytes[source.push_key] = source.position_bytes(block[-1].cursor)
+
+    def _keep_late(self, push_key: str, reject: Reject) -> None:
+        """Of a source that may have been read to its end."""
+        if self._strict:
+            raise self._refuse(reject)
+        rejects = self._files[push_key]
+        _write(rejects, [reject])
+        self.reject_files[rejects.path] = rejects.count
 
     def _take_block(self, records: Iterator[SourceDocument | Reject]) -> list[SourceDocument | Reject]:
         block: list[SourceDocument | Reject] = []

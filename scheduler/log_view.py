@@ -43,7 +43,11 @@ class LogView:
         self._jobs_cancelled: dict[str, bool] = {}
 
     def look_up(self, records: Iterable[SourceDocument | Reject], *, keys: Sequence[str] = ()) -> None:
-        """Read, in few queries, everything that the log says of these records and of the batches with these keys."""
+        """Read, in few queries, everything that the log says of these records and of the batches with these keys.
+
+        What other admitters have written is taken in first: a message that is gone from the inbox is in the log by then.
+        """
+        self._dataset.catch_up(self._index)
         documents = [record for record in records if isinstance(record, SourceDocument)]
         groups = dict.fromkeys(r.group if r.group is not None else r.id for r in documents if r.last)
         self._members = self._index.members(list(groups))
@@ -83,6 +87,12 @@ class LogView:
         if logged is None:
             return False
         return cursor.record <= logged.record if reading.batch is not None else cursor <= logged
+
+    def keep_rowless(self, batches: Sequence[tuple[str, int]]) -> None:
+        """Make the log know batches, as key and record, that no shard will name."""
+        if batches:
+            self._dataset.keep_rowless(batches)
+            self._dataset.catch_up(self._index)
 
     def is_cancelled(self, place: tuple[int, int] | None) -> bool:
         """True when the row was given up with its job, or will be: the same text is admitted again then."""

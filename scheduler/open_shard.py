@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from embedmill.dataset.passages import Passage, SourcePosition
-from embedmill.documents import Cursor, SourceDocument
 
 from .log_view import Newest
 from .readings import Reading
@@ -26,15 +25,7 @@ class Waiting:
     passage: Passage
     carried: tuple[int, int] | None
     text_bytes: int
-    cursor: Cursor
     counted: str
-
-    def as_document(self) -> SourceDocument:
-        """The record that it was read as, to be taken once more."""
-        passage = self.passage
-        return SourceDocument(
-            passage.id, passage.text, passage.metadata, self.cursor, "", deleted=passage.deleted, group=passage.group
-        )
 
 
 class OpenShard:
@@ -67,8 +58,8 @@ class OpenShard:
         return self._groups.get(group, _NONE)
 
     def holds(self, ids: Iterable[str]) -> bool:
-        """True when it has one of these ids."""
-        return any(id_ in self._by_id for id_ in ids)
+        """True when it has one of these ids, or passages of one of these documents."""
+        return any(id_ in self._by_id or id_ in self._groups for id_ in ids)
 
     def sources(self) -> list[SourcePosition]:
         """The sources that its rows came from, in runs of rows, and how far each was read."""
@@ -86,8 +77,6 @@ class OpenShard:
     def rows_by_reading(self) -> Counter[Reading]:
         return Counter(waiting.reading for waiting in self.rows)
 
-    def clear(self) -> list[Waiting]:
-        """Empty it; what was in it."""
-        rows, self.rows, self.text_bytes = self.rows, [], 0
+    def clear(self) -> None:
+        self.rows, self.text_bytes = [], 0
         self._by_id, self._groups = {}, {}
-        return rows

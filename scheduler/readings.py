@@ -51,3 +51,16 @@ class Reading:
     cursor: Cursor
     batch: Batch | None = None
     complete: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Taken:
+    """A record whose fate depends on rows of the open shard: it is judged anew when these rows lose a race.
+
+    before: how far its reading was before it; counted: as what it was, and the rows that it made.
+    """
+
+    reading: Reading
+    record: SourceDocument | Reject
+    before: Cursor
+    counted: list[str] = field(default_factory=list)

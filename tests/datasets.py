@@ -39,5 +39,20 @@ def admit_texts(dataset: Dataset, shard: int, texts: Sequence[str], *, origin: S
     dataset.append_passages(shard, passages, origin=origin or ShardOrigin(shard, "main"))
 
 
-def document(id_: str, text: str, *, record: int, metadata: str = "{}") -> SourceDocument:
-    return SourceDocument(id_, text, metadata, Cursor(record=record), f"source:{record}")
+def document(
+    id_: str,
+    text: str,
+    *,
+    record: int,
+    metadata: str = "{}",
+    deleted: bool = False,
+    group: str | None = None,
+    last: bool = True,
+) -> SourceDocument:
+    cursor = Cursor(record=record)
+    return SourceDocument(id_, text, metadata, cursor, f"source:{record}", deleted=deleted, group=group, last=last)
+
+
+def passage_of(name: str, number: int, text: str, *, last: bool) -> SourceDocument:
+    """Passage `NAME#NUMBER` of a document that was split, as record NUMBER + 1."""
+    return document(f"{name}#{number}", text, record=number + 1, group=name, last=last)

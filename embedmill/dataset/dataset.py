@@ -23,6 +23,7 @@ from . import layout
 from .index import INDEXED_COLUMNS, DatasetIndex
 from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
 from .passages import Passage, ShardOrigin, decode_passages, encode_passages, passages_table
+from .rowless import decode_rowless, encode_rowless
 from .shard import crc32c, decode_shard, encode_shard
 from .store import LocalStore, Store, open_store
 from .zarr_metadata import create_metadata, raise_shape, shape_of
@@ -63,8 +64,10 @@ class Dataset:
     def open_or_create(cls, url: str, *, embedder: EmbedderSpec, dtype: str = "float32") -> Dataset:
         """Open for writing vectors of this embedder, creating the dataset first where there is none.
 
-        Raises ConfigurationError when the dataset holds vectors of another embedder, or the place holds something else.
+        Raises ConfigurationError when the dataset holds vectors of another embedder, or the place holds something else, or
+        the vectors are no floats.
         """
+        embedder.require_floats()
         store = open_store(url)
         if not store.exists(layout.DATASET_KEY):
             _refuse_foreign_folder(store)
@@ -99,18 +102,26 @@ class Dataset:
     def open_index(self) -> DatasetIndex:
         """The index on disk, caught up with the log."""
         index = DatasetIndex(self._index_folder() / "index.sqlite", dataset_id=self.info.id)
+        last = index.next_shard - 1
+        if last >= 0 and not self.store.exists(layout.documents_key(last)):
+            # Somebody has put an older log in its place.
+            index.clear()
         self.catch_up(index)
         return index
 
     def catch_up(self, index: DatasetIndex) -> None:
-        """Absorb the shards of the log that the index does not have yet."""
-        while True:
-            shard = index.next_shard
-            data = self.store.read_or_none(layout.documents_key(shard))
-            if data is None:
-                return
+        """Absorb what the index does not have yet: shards of the log, and batches that made no row."""
+        while (data := self.store.read_or_none(layout.documents_key(shard := index.next_shard))) is not None:
             table, origin = decode_passages(data, name=self._name(layout.documents_key(shard)), columns=INDEXED_COLUMNS)
             index.absorb(shard, table, origin)
+        begin = index.rowless_bytes
+        batches, size = decode_rowless(self.store.read_from(layout.BATCHES_KEY, begin))
+        if size:
+            index.absorb_rowless(batches, begin=begin, end=begin + size)
+
+    def keep_rowless(self, batches: Sequence[tuple[str, int]]) -> None:
+        """Note, durably, batches of the inbox that made no row, as key and record: the log's shards do not name them."""
+        self.store.append(layout.BATCHES_KEY, encode_rowless(batches), durable=True)
 
     def append_passages(self, shard: int, passages: Sequence[Passage], *, origin: ShardOrigin) -> pa.Table:
         """Admit passages as shard number `shard`, and the table that was stored.
@@ -269,7 +280,7 @@ class Dataset:
         return None if data is None else Job.from_bytes(data, name=self._name(key))
 
     def jobs(self) -> list[Job]:
-        names = [name.removesuffix(".json") for name in self.store.names(layout.JOBS_FOLDER)]
+        names = layout.job_names(self.store.names(layout.JOBS_FOLDER))
         return [job for job in map(self.job, names) if job is not None]
 
     def write_job(self, job: Job) -> Job:

@@ -21,7 +21,7 @@ from ..documents import KEYLESS_PREFIX, Cursor
 from ..errors import StorageError
 from .passages import ShardOrigin
 
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS passages (
   id TEXT NOT NULL, version INTEGER NOT NULL, shard INTEGER NOT NULL, row INTEGER NOT NULL,
@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS shards (
   shard INTEGER PRIMARY KEY, rows INTEGER NOT NULL, replaces INTEGER NOT NULL, batches INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS shards_with_batches ON shards (shard) WHERE batches > 0;
+CREATE TABLE IF NOT EXISTS rowless (one INTEGER PRIMARY KEY CHECK (one = 1), read_bytes INTEGER NOT NULL);
 """
 _COLUMNS = ("id", "version", "text_hash", "metadata_hash", "deleted", "group")
 INDEXED_COLUMNS = list(_COLUMNS)
@@ -47,6 +48,11 @@ _LOOKUP_BLOCK = 500
 # Batches that were given no key have one made of their message's id. It is asked for while the message may still be in the
 # inbox, so those of as many shards, counting the shards that came through the inbox, are enough.
 _KEPT_SHARDS = 1024
+
+_ADD_BATCH = (
+    "INSERT INTO batches (key, record, shard, kept) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE"
+    " SET record = max(record, excluded.record), shard = excluded.shard"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,28 @@ class DatasetIndex:
             )
             self._remember_batches(origin)
         return True
+
+    @property
+    def rowless_bytes(self) -> int:
+        """How much of the record of batches that made no row was absorbed."""
+        found = self._execute("SELECT read_bytes FROM rowless")
+        return int(found[0][0]) if found else 0
+
+    def absorb_rowless(self, batches: Sequence[tuple[str, int]], *, begin: int, end: int) -> bool:
+        """Add batches, as key and record, that stand between two places of that record; False when somebody did."""
+        with self._transaction():
+            if self.rowless_bytes != begin:
+                return False
+            shard = max(0, self.next_shard - 1)
+            self._connection.executemany(_ADD_BATCH, (_batch_row(key, record, shard) for key, record in batches))
+            self._execute("INSERT OR REPLACE INTO rowless (one, read_bytes) VALUES (1, ?)", (end,))
+        return True
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._transaction():
+            for table in ("passages", "pushes", "batches", "shards", "rowless"):
+                self._execute(f"DELETE FROM {table}")
 
     def newest(self, ids: Sequence[str]) -> dict[str, Known]:
         """The highest version in the log of each id that it has."""
@@ -215,11 +243,7 @@ class DatasetIndex:
     def _remember_batches(self, origin: ShardOrigin) -> None:
         if not origin.batches:
             return
-        self._connection.executemany(
-            "INSERT INTO batches (key, record, shard, kept) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE"
-            " SET record = max(record, excluded.record), shard = excluded.shard",
-            ((b.key, b.record, origin.shard, int(not b.key.startswith(KEYLESS_PREFIX))) for b in origin.batches),
-        )
+        self._connection.executemany(_ADD_BATCH, (_batch_row(b.key, b.record, origin.shard) for b in origin.batches))
         self._execute(
             "DELETE FROM batches WHERE kept = 0 AND shard <="
             " (SELECT shard FROM shards WHERE batches > 0 ORDER BY shard DESC LIMIT 1 OFFSET ?)",
@@ -301,6 +325,10 @@ class DatasetIndex:
 
 class _Outdated(Exception):
     """The file is of another dataset or of another release."""
+
+
+def _batch_row(key: str, record: int, shard: int) -> tuple[str, int, int, int]:
+    return key, record, shard, int(not key.startswith(KEYLESS_PREFIX))
 
 
 def _blocks(ids: Sequence[str]) -> Iterable[list[str]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..embedder import EmbedderSpec
 from ..errors import ConfigurationError, CorruptStore
+from ..messages import NAME
 
 FORMAT = "embedmill-dataset"
 FORMAT_VERSION = 1
@@ -32,6 +33,7 @@ SPEND_FOLDER = "spend"
 CHECKPOINTS_FOLDER = "checkpoints"
 DROPPED_KEY = "dead/dropped.jsonl"
 TOKENS_KEY = "tokens.json"
+BATCHES_KEY = "batches.jsonl"
 
 JobState = Literal["running", "paused", "cancelled"]
 StoppedBy = Literal["", "user", "worker"]
@@ -58,7 +60,18 @@ def checkpoints_folder(shard: int) -> str:
 
 
 def job_key(job: str) -> str:
+    """Raises ConfigurationError for what is no job's name, and would lead out of the folder."""
+    if not NAME.fullmatch(job):
+        raise ConfigurationError(
+            f"{job!r:.120} is no job's name: use letters, digits, dots, dashes and underscores, at most 100"
+        )
     return f"{JOBS_FOLDER}/{job}.json"
+
+
+def job_names(names: Sequence[str]) -> list[str]:
+    """Jobs of object names like `main.json`; other names are not ours and are passed over."""
+    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return [stem for stem in stems if NAME.fullmatch(stem)]
 
 
 def spend_key(worker: str) -> str:

@@ -43,7 +43,11 @@ class Store(Protocol):
         """Replace exactly `expected` (None: nothing there). Raises ObjectChanged otherwise."""
         ...
 
-    def append(self, key: str, data: bytes) -> None: ...
+    def append(self, key: str, data: bytes, *, durable: bool = False) -> None: ...
+
+    def read_from(self, key: str, offset: int) -> bytes:
+        """What was appended behind so many bytes; empty when there is nothing."""
+        ...
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the objects directly below a folder; empty when there is none."""
@@ -114,7 +118,7 @@ class LocalStore:
         except OSError as error:
             _refuse("write", path, error)
 
-    def append(self, key: str, data: bytes) -> None:
+    def append(self, key: str, data: bytes, *, durable: bool = False) -> None:
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,10 +127,26 @@ class LocalStore:
                 written = 0
                 while written < len(data):
                     written += os.write(descriptor, data[written:])
+                if durable:
+                    os.fsync(descriptor)
+                    _sync_folder(path.parent)
             finally:
                 os.close(descriptor)
         except OSError as error:
             _refuse("write", path, error)
+
+    def read_from(self, key: str, offset: int) -> bytes:
+        path = self.path(key)
+        try:
+            if path.stat().st_size <= offset:
+                return b""
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+        except OSError as error:
+            _refuse("read", path, error)
 
     def names(self, folder: str) -> list[str]:
         try:
