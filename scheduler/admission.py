@@ -89,8 +89,11 @@ class Admitter:
         return self._open.holds(ids) or key in self._batches
 
     def reading(self, push_key: str, *, beside: Collection[str] = ()) -> tuple[str, Cursor | None]:
-        """Under which key and from where a source is to be read, see `DatasetIndex.reading`."""
-        return self._index.reading(push_key, beside=beside)
+        """Under which key and from where a source is to be read, see `DatasetIndex.reading`.
+
+        From its beginning when some of what it said was given up with a cancelled job, and nothing newer has come since.
+        """
+        return self._index.reading(push_key, beside=beside, anew=self._log.has_given_up(push_key))
 
     def admit(
         self,
@@ -240,11 +243,11 @@ class Admitter:
 
         removed: it stands for a passage that its document no longer has.
         """
-        if self._log.is_logged(reading, record.cursor):
+        newest = self._newest(record.id)
+        if self._log.is_logged(reading, record.cursor) and not self._was_given_up(record, newest):
             if not removed:
                 self._count(reading, "repeated")
             return None
-        newest = self._newest(record.id)
         if not removed and (reason := self._reason_against(reading, record, newest)):
             return reason
         if record.deleted:
@@ -264,6 +267,12 @@ class Admitter:
         )
         self._put(Waiting(reading, passage, carried, len(record.text.encode()), counted))
         return None
+
+    def _was_given_up(self, record: SourceDocument, newest: Newest | None) -> bool:
+        """It is this very text that a cancelled job has left without a vector."""
+        if newest is None or record.deleted or newest.text_hash != record.text_hash:
+            return False
+        return self._log.is_cancelled(newest.place)
 
     def _reason_against(self, reading: Reading, record: SourceDocument, newest: Newest | None) -> str | None:
         """Why its id cannot be taken: this source had it before, or it is a passage of another document."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.index import DatasetIndex, Known
 from embedmill.dataset.layout import CANCELLED
@@ -87,6 +89,22 @@ class LogView:
         if logged is None:
             return False
         return cursor.record <= logged.record if reading.batch is not None else cursor <= logged
+
+    def has_given_up(self, push_key: str) -> bool:
+        """True when rows of this source, read on whatever occasion, were cancelled and are still the newest of their ids."""
+        for shard in self._dataset.committed():
+            marker = self._dataset.marker(shard)
+            if marker is None or not (marker.statuses == CANCELLED).any():
+                continue
+            table, origin = self._dataset.documents(shard, columns=["id"])
+            if not any(source.push_key.partition(".")[0] == push_key for source in origin.sources):
+                continue
+            ids: list[str] = table["id"].to_pylist()
+            given_up = {ids[row]: int(row) for row in np.flatnonzero(marker.statuses == CANCELLED)}
+            newest = self._index.newest(list(given_up))
+            if any((newest[id_].shard, newest[id_].row) == (shard, row) for id_, row in given_up.items()):
+                return True
+        return False
 
     def keep_rowless(self, batches: Sequence[tuple[str, int]]) -> None:
         """Make the log know batches, as key and record, that no shard will name."""

@@ -196,11 +196,12 @@ class DatasetIndex:
         rows = self._execute("SELECT cursor FROM pushes WHERE key = ?", (push_key,))
         return Cursor(**json.loads(rows[0][0])) if rows and rows[0][0] is not None else None
 
-    def reading(self, push_key: str, *, beside: Collection[str] = ()) -> tuple[str, Cursor | None]:
+    def reading(self, push_key: str, *, beside: Collection[str] = (), anew: bool = False) -> tuple[str, Cursor | None]:
         """Under which key, and from where, a source is to be read now.
 
         It goes on where the log left it, unless another push has written since: then what it says may be newer than what
-        the log holds, and it is read anew, under a key of that occasion. `beside`: keys that are read together with it.
+        the log holds, and it is read anew, under a key of that occasion. `beside`: keys that are read together with it;
+        `anew`: it is to be read from its beginning whatever has been written.
         """
         known = self._execute(
             "SELECT key, cursor, shard, row FROM pushes WHERE key = ? OR key LIKE ? ORDER BY shard DESC, row DESC LIMIT 1",
@@ -211,7 +212,7 @@ class DatasetIndex:
         key, cursor, shard, row = known[0]
         later = self._execute("SELECT key FROM pushes WHERE shard > ? OR (shard = ? AND row > ?)", (shard, shard, row))
         through_inbox = self._execute("SELECT 1 FROM shards WHERE batches > 0 AND shard > ? LIMIT 1", (shard,))
-        if through_inbox or any(other.partition(".")[0] not in beside for (other,) in later):
+        if anew or through_inbox or any(other.partition(".")[0] not in beside for (other,) in later):
             return f"{push_key}.{self.next_shard}", None
         return key, Cursor(**json.loads(cursor))
 

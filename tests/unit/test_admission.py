@@ -10,16 +10,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.index import DatasetIndex
+from embedmill.dataset.layout import CANCELLED, Marker
 from embedmill.documents import Cursor, Reject, SourceDocument
 from embedmill.errors import ObjectExists, StorageError
 from scheduler import admission
 from scheduler.admission import Admitted, Admitter
+from scheduler.readings import Batch
 from tests.datasets import document, small_dataset
 from tests.invariants import logged_ids
 
@@ -366,3 +369,39 @@ def test_the_number_of_a_shard_is_taken_once(dataset: Dataset) -> None:
     assert table.num_rows == 1
     with pytest.raises(ObjectExists):
         dataset.append_passages(0, [], origin=origin)
+
+
+def cancel_all(dataset: Dataset) -> None:
+    for shard in dataset.owed():
+        rows = dataset.documents(shard)[0].num_rows
+        statuses = np.full(rows, CANCELLED, np.uint8)
+        dataset.commit(Marker(shard, statuses, dataset.info.embedder.fingerprint, "t", "w", "now"))
+
+
+def test_a_source_whose_rows_were_given_up_is_read_from_its_beginning_once_more(dataset: Dataset) -> None:
+    texts = [("a", "1"), ("b", "2")]
+    push(dataset, "k", documents(texts))
+    assert admitter_on(dataset).reading("k")[1] == Cursor(record=2)
+    cancel_all(dataset)
+    key, after = admitter_on(dataset).reading("k")
+    assert (key, after) == ("k.1", None)
+    again, _ = push(dataset, key, documents(texts))
+    assert again.counts.updated == 2
+    assert admitter_on(dataset).reading("k") == ("k.1", Cursor(record=2))
+    assert admitter_on(dataset).reading("other") == ("other", None)
+
+
+def test_a_batch_whose_rows_were_given_up_is_admitted_again_under_its_key(dataset: Dataset) -> None:
+    def admit(key: str, text: str) -> Batch:
+        admitter, batch = admitter_on(dataset), Batch(key, documents([("a", text), ("b", "same")]))
+        admitter.admit_batches([batch])
+        admitter.close_batches()
+        return batch
+
+    assert admit("k", "old").counts.new == 2
+    cancel_all(dataset)
+    assert admit("other", "new").counts.updated == 2
+    cancel_all(dataset)
+    again = admit("k", "old").counts
+    assert (again.repeated, again.updated) == (1, 1)
+    assert newest(log_of(dataset)) == {"a": "new", "b": "same"}
