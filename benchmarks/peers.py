@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,18 @@ SETTINGS = (
 
 
 def find_peers(python: str) -> dict[str, str]:
-    """Version by package, for those that this interpreter can import."""
+    """Version by package, for the queues and what they may use."""
+    return find_packages(python, _PACKAGES)
+
+
+def find_packages(python: str, packages: Mapping[str, str]) -> dict[str, str]:
+    """Version by package, for those whose module this interpreter can find; `packages` are modules by package."""
     look = (
-        "import json, importlib.metadata as m, importlib.util as u, sys;"
-        f"print(json.dumps({{n: m.version(n) for n, p in {_PACKAGES!r}.items() if u.find_spec(p)}}))"
+        "import json, importlib.metadata as m, importlib.util as u, sys\n"
+        "def there(module):\n"
+        "    try: return u.find_spec(module)\n"
+        "    except ImportError: return None\n"
+        f"print(json.dumps({{n: m.version(n) for n, p in {dict(packages)!r}.items() if there(p)}}))"
     )
     try:
         found = subprocess.run([python, "-c", look], capture_output=True, text=True, timeout=30, check=True)

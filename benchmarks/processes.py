@@ -28,16 +28,18 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """`PYTHON -m MODULE JSON` as a context; leaving it ends the process, and so do two minutes."""
+    """`PYTHON -m MODULE JSON` as a context; leaving it ends the process, and so does the end of `limit_s`."""
 
-    def __init__(self, module: str, options: Mapping[str, Any], *, python: str = sys.executable) -> None:
+    def __init__(
+        self, module: str, options: Mapping[str, Any], *, python: str = sys.executable, limit_s: float = _LIMIT_S
+    ) -> None:
         self._name = module
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
             [python, "-m", module, json.dumps(options)],
             cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
-        self._limit = threading.Timer(_LIMIT_S, self._process.kill)
+        self._limit = threading.Timer(limit_s, self._process.kill)
         self._limit.daemon = True
         self._limit.start()
 
@@ -99,6 +101,11 @@ def wait_for_go() -> float:
     sys.stdin.readline()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     return time.monotonic()
+
+
+def say_line(record: Mapping[str, Any]) -> None:
+    """Say something, and go on."""
+    print(json.dumps(record), flush=True)
 
 
 def say_result(record: Mapping[str, Any]) -> None:

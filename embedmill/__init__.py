@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from worker.encoder import AsyncJinaEmbedding, JinaEmbedding
+
     from .producer import Producer
 
 __version__ = "0.1.0"
-__all__ = ["Producer", "__version__"]
+__all__ = ["AsyncJinaEmbedding", "JinaEmbedding", "Producer", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """`Producer` is imported when it is asked for: the command line starts without it."""
+    """Imported when they are asked for: the command line starts without them."""
     if name == "Producer":
         from .producer import Producer
 
         return Producer
+    if name in ("AsyncJinaEmbedding", "JinaEmbedding"):
+        from worker import encoder
+
+        return getattr(encoder, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

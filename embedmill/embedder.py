@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import ConfigurationError
+
 Role = Literal["document", "query"]
 
 
@@ -42,6 +44,19 @@ class EmbedderSpec:
         canonical = json.dumps(used, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
+    @property
+    def packs_bits(self) -> bool:
+        """Whether a vector is bits, eight dimensions to a byte, instead of float32."""
+        return self.options.get("embedding_type") in ("binary", "ubinary")
+
+    def require_floats(self) -> None:
+        """Raises ConfigurationError for vectors that a dataset cannot store."""
+        if self.packs_bits:
+            raise ConfigurationError(
+                f"a dataset stores floats only, and {self.model} is asked for {self.options['embedding_type']} vectors:"
+                " leave embedding_type out, or embed with embedmill.JinaEmbedding and store them yourself"
+            )
+
     def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "options": dict(self.options)}
 
@@ -64,7 +79,8 @@ class BatchLimits:
 class Embedding:
     """The answer to one request.
 
-    vectors: (n, dimensions) float32, row i belongs to texts[i]; billed_tokens: what the provider counts (a local model:
+    vectors: (n, dimensions) float32, row i belongs to texts[i], or where the spec `packs_bits` (n, dimensions / 8) int8 for
+    `binary` and uint8 for `ubinary`; billed_tokens: what the provider counts (a local model:
     the tokens it computed); truncated: positions of the texts that were cut to the model's limit.
     """
 

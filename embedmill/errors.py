@@ -8,10 +8,11 @@
     │   └── OutcomeUnknown        the request may have been executed and billed
     ├── InputRejected             this request's content is refused: bisect, then dead letter
     │   └── RequestTooLarge       bisect too, but a single passage stops the job
-    ├── JobFatalError             pause the job, say why, lose nothing, exit 3
+    ├── EmbedderFailed            not foreseen: try again, find the passage, then dead letter
+    ├── JobFatalError             stop, say why, lose nothing, exit 3
     │   ├── InvalidKey
-    │   └── NoBalance
-    ├── LeaseLost                 drop the work, do not ack
+    │   ├── NoBalance             pause the job, too
+    │   └── PassageTooLarge       pause the job; others go on
     ├── StorageError              stop, say what to free or allow, go on later
     ├── CorruptStore              stop, name the object
     ├── ObjectExists              somebody else created it first: adopt it
@@ -95,6 +96,12 @@ class RequestTooLarge(InputRejected):
     code = "request_too_large"
 
 
+class EmbedderFailed(EmbedmillError):
+    """The embedder raised what it never should: a bug, a text that it cannot stand, or too little memory."""
+
+    code = "embedder_failed"
+
+
 class JobFatalError(EmbedmillError):
     """Nothing of this job can succeed until a person acts."""
 
@@ -113,10 +120,10 @@ class NoBalance(JobFatalError):
     code = "no_balance"
 
 
-class LeaseLost(EmbedmillError):
-    """Somebody else owns this task now."""
+class PassageTooLarge(JobFatalError):
+    """The limits of the key or of the provider never allow a request for one passage of the job."""
 
-    code = "lease_lost"
+    code = "passage_too_large"
 
 
 class StorageError(EmbedmillError):

@@ -7,7 +7,6 @@ Pure: no I/O.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -17,13 +16,12 @@ from typing import Any
 from .connection import key_prefix
 from .documents import KEYLESS_PREFIX, Cursor, Reject, SourceDocument, canonical_json
 from .errors import ConfigurationError, InputRejected
-from .messages import LANES, Lane
+from .messages import LANES, NAME, Lane
 from .sources.fields import RecordRefused, check_id, encode_metadata, encode_text, name_type
 from .sources.jsonl import LineRefused, parse_object
 
 INBOX_VERSION = "1"
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _DOCUMENT_FIELDS = {"id", "text", "metadata", "deleted", "group", "last"}
 
 
@@ -61,7 +59,9 @@ class Receipt:
 class InboxMessage:
     """One entry of the inbox, read. refusal: why it is none; it has no records then.
 
-    raw: its fields as they came, with bytes that are no UTF-8 as lone surrogates; lane: for a job that is new.
+    key, job: what can be used as such, also of a message that is refused: it has the job `main` then, and where its own key
+    is none, the one of a message without. raw: its fields as they came, with bytes that are no UTF-8 as lone surrogates;
+    lane: for a job that is new.
     """
 
     id: str
@@ -86,15 +86,17 @@ def receipts_key(namespace: str, reply: str) -> str:
 
 def check_inbox_name(name: str) -> str:
     """Raises ConfigurationError for a name that no inbox has."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ConfigurationError(f"inbox {name!r}: use letters, digits, dots, dashes and underscores, at most 100")
     return name
 
 
-def check_key(key: str) -> str:
+def check_key(key: object) -> str:
     """Raises InputRejected for what cannot be the idempotency key of a batch."""
+    if not isinstance(key, str):
+        raise InputRejected(f"the key must be a string, not {name_type(key)}")
     if key.startswith(KEYLESS_PREFIX):
-        raise InputRejected(f"the key {key!r} begins with {KEYLESS_PREFIX!r}, which stands for batches without a key")
+        raise InputRejected(f"the key {key!r:.80} begins with {KEYLESS_PREFIX!r}, which stands for batches without one")
     try:
         return check_id(key)
     except RecordRefused as refused:
@@ -109,41 +111,48 @@ def encode_document(
     deleted: bool = False,
     group: object = None,
     last: bool = True,
-) -> str:
-    """A line of a batch. Raises InputRejected, in one sentence, for what admission would reject."""
+) -> tuple[str, SourceDocument]:
+    """A line of a batch, and what is read of it. Raises InputRejected, in one sentence, for what admission would reject."""
     record: dict[str, Any] = {"id": id}
-    if deleted:
-        record["deleted"] = True
-    else:
+    if deleted is not False:
+        record["deleted"] = deleted
+    if not deleted:
         record["text"] = text
     if metadata is not None:
         record["metadata"] = metadata
     if group is not None:
         record["group"] = group
-    if not last:
-        record["last"] = False
+    if last is not True:
+        record["last"] = last
     try:
         document = _document(dict(record), Cursor(), "")
         record["id"] = document.id
-        line = canonical_json(record)
+        return canonical_json(record), document
     except (RecordRefused, TypeError, ValueError) as refused:
         shown = f" {id!r}" if isinstance(id, str) and len(id) <= 80 else ""
         raise InputRejected(f"document{shown} cannot be pushed: {refused}") from None
-    return line
+
+
+def passage_number(document: SourceDocument) -> int:
+    """N of the passage GROUP#N; 0 for a document that is not split."""
+    return 0 if document.group is None else int(document.id[len(document.group) + 1 :])
 
 
 def read_message(message_id: str, fields: Mapping[str, str], *, inbox: str) -> InboxMessage:
     """An entry of the stream as a batch, whatever is in it. What is wrong with one document rejects that document only."""
     documents = fields.get("documents", "").encode("utf-8", "surrogateescape")
-    key = fields.get("key", "") or f"{KEYLESS_PREFIX}{message_id}/{blake2b(documents, digest_size=4).hexdigest()}"
     lane: Lane = "live" if fields.get("lane") == "live" else "bulk"
-    job, reply = fields.get("job") or "main", fields.get("reply", "")
-    refusal = _refusal(fields)
+    keyless = f"{KEYLESS_PREFIX}{message_id}/{blake2b(documents, digest_size=4).hexdigest()}"
+    unusable = _reason_against_key(fields)
+    refusal = _refusal(fields) or unusable
     records: tuple[SourceDocument | Reject, ...] = ()
     if not refusal:
         records = _records(documents, f"inbox:{inbox}/{message_id}")
         refusal = "" if records else "the field `documents` holds no document"
-    if not _NAME.fullmatch(reply):
+    key = keyless if unusable else fields.get("key") or keyless
+    job = "main" if refusal else fields.get("job") or "main"
+    reply = fields.get("reply", "")
+    if not NAME.fullmatch(reply):
         reply = ""
     return InboxMessage(message_id, key, job, lane, reply, records, fields, refusal)
 
@@ -154,10 +163,14 @@ def _refusal(fields: Mapping[str, str]) -> str:
         return f"the message {found}; this embedmill reads version {INBOX_VERSION}"
     if "documents" not in fields:
         return "the message has no field `documents`"
-    if not _NAME.fullmatch(fields.get("job") or "main"):
+    if not NAME.fullmatch(fields.get("job") or "main"):
         return "the field `job` is no job's name"
     if fields.get("lane", LANES[0]) not in LANES:
         return "the field `lane` is neither live nor bulk"
+    return ""
+
+
+def _reason_against_key(fields: Mapping[str, str]) -> str:
     try:
         if fields.get("key"):
             check_key(fields["key"])
@@ -175,12 +188,19 @@ def _records(documents: bytes, place: str) -> tuple[SourceDocument | Reject, ...
         identity: str | None = None
         try:
             record = parse_object(line)
-            found = record.get("id")
-            identity = found if isinstance(found, str) else None
+            identity = _identity(record)
             records.append(_document(record, cursor, f"{place}:{number}"))
         except (LineRefused, RecordRefused) as refused:
             records.append(Reject(f"{place}:{number}", str(refused), cursor, identity))
     return tuple(_with_ends(records))
+
+
+def _identity(record: dict[str, Any]) -> str | None:
+    """The id to name in a refusal, where there is one."""
+    try:
+        return check_id(record.get("id"))
+    except RecordRefused:
+        return None
 
 
 def _document(record: dict[str, Any], cursor: Cursor, place: str) -> SourceDocument:
@@ -200,9 +220,20 @@ def _document(record: dict[str, Any], cursor: Cursor, place: str) -> SourceDocum
         raise RecordRefused(f"the metadata must be an object, not {name_type(metadata)}")
     if deleted:
         return SourceDocument(identity, "", "{}", cursor, place, deleted=True)
+    if group is not None:
+        _check_passage_id(identity, group)
+    elif not last:
+        raise RecordRefused("`last` is said of passages: name the document that it is a part of as `group`")
     text = _text(record.get("text"))
     encoded = encode_metadata(metadata) if metadata else "{}"
     return SourceDocument(identity, text, encoded, cursor, place, group=group, last=last)
+
+
+def _check_passage_id(id_: str, group: str) -> None:
+    """By the number in it, admission knows which passages a document has, when only some of them stand in a message."""
+    stem, _, number = id_.rpartition("#")
+    if stem != group or not number.isascii() or not number.isdecimal() or str(int(number[:9])) != number:
+        raise RecordRefused(f"a passage of {group!r:.80} has the id GROUP#0, GROUP#1 and so on, not {id_!r:.80}")
 
 
 def _text(text: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from .errors import ConfigurationError
 WIRE_VERSION = 1
 Lane = Literal["live", "bulk"]
 LANES: tuple[Lane, ...] = ("live", "bulk")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+"""What a job, an inbox or a stream of receipts can be called: each becomes a part of a file's name or of a key."""
 
 
 def job_key(dataset_id: str, job: str) -> str:

@@ -1,7 +1,7 @@
 """What is published about each provider's models and plans: sizes, limits, tasks and which fields a request may carry.
 
-Source: Jina's OpenAPI description (2026-04) and its rate limit page. A model that is not here is refused by name, since
-sending a wrong field fails every request.
+Source: Jina's OpenAPI description (2026-04) and its rate limit page. A model that is not here is refused by name, and so is
+what a model does not have: a wrong field fails every request. Each refusal names the nearest thing that works.
 """
 
 from __future__ import annotations
@@ -9,8 +9,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 from embedmill.errors import ConfigurationError
+
+EmbeddingType = Literal["base64", "float", "binary", "ubinary"]
+"""How a provider writes vectors: float32 in base64 or as numbers; one bit per dimension, eight to an int8 or a uint8."""
+
+# What another generation or another family calls nearly the same, best first.
+_NEAR_TASKS = {
+    "clustering": ("separation", "text-matching"),
+    "separation": ("clustering", "text-matching"),
+    "classification": ("text-matching",),
+    "text-matching": ("retrieval.passage",),
+    "code": ("nl2code", "retrieval"),
+    "nl2code": ("code", "retrieval"),
+    "retrieval": ("nl2code",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,7 @@ class ProviderModel:
         """`task` for documents and for queries.
 
         A task with two sides may be named by its family (`retrieval`) or by its document side (`retrieval.passage`);
-        any other task serves both roles. Raises ConfigurationError that lists what the model knows.
+        any other task serves both roles. Raises ConfigurationError that names the nearest task and lists the others.
         """
         if task is None:
             return self.document_task, self.query_task
@@ -73,7 +88,47 @@ class ProviderModel:
             return task, task
         if not self.tasks:
             raise ConfigurationError(f"{self.name} has no tasks: leave --task out")
-        raise ConfigurationError(f"{self.name} has no task {task!r}: choose one of {', '.join(self.tasks)}")
+        raise ConfigurationError(
+            f"{self.name} has no task {task!r}; the nearest is {self._nearest_task(task)}, of {', '.join(self.tasks)}"
+        )
+
+    def check_late_chunking(self, late_chunking: bool) -> None:
+        """Raises ConfigurationError that names a model that has it."""
+        if late_chunking and "late_chunking" not in self.fields:
+            raise ConfigurationError(f"{self.name} has no late chunking: leave it out, or take jina/jina-embeddings-v3")
+
+    def check_normalized(self, normalized: bool | None) -> bool | None:
+        """Whether vectors are scaled to unit length, None where the model leaves no choice.
+
+        Raises ConfigurationError for a choice that it does not leave.
+        """
+        if "normalized" in self.fields:
+            return True if normalized is None else normalized
+        if normalized is not None:
+            raise ConfigurationError(
+                f"{self.name} has no choice of `normalized`: leave it out, or take jina/jina-embeddings-v3"
+            )
+        return None
+
+    def check_embedding_type(self, embedding_type: str, *, dimensions: int) -> EmbeddingType:
+        """Raises ConfigurationError for a type that no model has, or dimensions that do not fill whole bytes of bits."""
+        known = get_args(EmbeddingType)
+        if embedding_type not in known:
+            raise ConfigurationError(f"no embedding type {embedding_type!r}; {_suggestion(embedding_type, known)}")
+        if embedding_type in ("binary", "ubinary") and dimensions % 8:
+            nearest = max(8, dimensions // 8 * 8)
+            raise ConfigurationError(
+                f"{embedding_type} vectors hold eight dimensions in a byte, and {dimensions} is no multiple of eight;"
+                f" the nearest that works is {nearest}"
+            )
+        return cast("EmbeddingType", embedding_type)
+
+    def _nearest_task(self, task: str) -> str:
+        family, dot, side = task.partition(".")
+        takes = {*self.tasks, *(one.removesuffix(".passage") for one in self.tasks)}
+        near = [*(f"{one}{dot}{side}" for one in _NEAR_TASKS.get(family, ())), *_NEAR_TASKS.get(family, ())]
+        found = [one for one in near if one in takes]
+        return (found or difflib.get_close_matches(task, self.tasks, n=1, cutoff=0.0))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +198,8 @@ _JINA_V4 = ProviderModel(
     "retrieval.passage",
     "retrieval.query",
     _COMMON | {"task", "dimensions", "late_chunking"},
-    late_chunking_tokens=32768,
+    # Nothing is published for v4: the limit of v3, which is safe.
+    late_chunking_tokens=8192,
 )
 
 MODELS = {
@@ -157,6 +213,12 @@ MODELS = {
         _code("1.5b", dimensions=1536),
         *(_v2(language) for language in ("en", "zh", "de", "es", "code")),
     )
+}
+
+_UNSTORABLE = {
+    "jina/elser-v2": "sparse vectors",
+    "jina/jina-colbert-v2": "a vector per token",
+    "jina/jina-colbert-v1-en": "a vector per token",
 }
 
 # Published plans disagree with each other; these are the figures of the rate limit page, the free one as enforced in 2026.
@@ -175,6 +237,10 @@ def find_model(name: str) -> ProviderModel:
     """The model of that name. Raises ConfigurationError that names the near one."""
     if name in MODELS:
         return MODELS[name]
+    if name in _UNSTORABLE:
+        raise ConfigurationError(
+            f"{name} makes {_UNSTORABLE[name]}, which a dataset cannot hold yet: take jina/jina-embeddings-v3"
+        )
     raise ConfigurationError(f"no model {name!r}; {_suggestion(name, MODELS)}")
 
 

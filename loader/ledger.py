@@ -1,8 +1,8 @@
 """What has been loaded into one collection, beside the dataset: `loads/TARGET/`.
 
-An intent is created before the first row of a shard is sent, its result after Milvus has everything. A shard with an intent
-and no result may be half there, and is applied again: applying is idempotent. TARGET names one creation of one collection,
-so that nothing counts for a collection that was dropped and made anew.
+An intent is created before the first row of a shard is sent, its result after Milvus has everything, and then the intent
+goes. A shard with an intent may be half there, and is applied again: applying is idempotent. TARGET names one creation of
+one collection, so that nothing counts for a collection that was dropped and made anew.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from anyio import to_thread
 from numpy.typing import NDArray
 
 from embedmill.dataset import layout
-from embedmill.dataset.dataset import Dataset, now_iso
+from embedmill.dataset.dataset import Dataset, describe, now_iso
 from embedmill.dataset.index import DatasetIndex
 from embedmill.errors import ConfigurationError, CorruptStore, TransientError
 from embedmill.failpoints import afailpoint
@@ -182,8 +182,9 @@ class Loader:
         self._ledger = ledger
         self._index = await to_thread.run_sync(self.dataset.open_index)
         results = await to_thread.run_sync(ledger.results)
-        self._loaded = {shard: result.marker_crc32c for shard, result in results.items()}
         self._intents = await to_thread.run_sync(ledger.intents)
+        # Who died between the two steps of a result leaves both: applying the shard again also removes the intent.
+        self._loaded = {s: result.marker_crc32c for s, result in results.items() if s not in self._intents}
 
     async def _adopt_collection(self) -> CollectionState:
         name = self.target.collection = check_collection_name(self.collection)
@@ -266,8 +267,16 @@ class Loader:
                 self.counts.rows_cut += result.cut
 
     def _committed(self) -> frozenset[int]:
-        """The live committed shards. The index has all of their rows afterwards."""
+        """The live committed shards. The index has all of their rows afterwards.
+
+        A shard that was put aside and committed anew counts as not loaded.
+        """
+        put_aside = self.dataset.forget_put_aside()
         committed = frozenset(self.dataset.committed())
+        for shard in put_aside & committed & self._loaded.keys():
+            data = self.dataset.store.read_or_none(layout.commit_key(shard))
+            if data is not None and describe(data).crc32c != self._loaded[shard]:
+                del self._loaded[shard]
         self.dataset.catch_up(self._require_index())
         return committed
 

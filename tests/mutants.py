@@ -111,7 +111,7 @@ def _patched(target: str, replacement: Any) -> Callable[[], AbstractContextManag
 
 
 def _from(seed: int) -> range:
-    """Seeds from one that is known to notice the mutant."""
+    """Seeds from one that is known to notice the mutant, and soon."""
     return range(seed, seed + _SEEDS)
 
 
@@ -120,7 +120,7 @@ MUTANTS = [
         "extend without a fence",
         script_mutant("extend", "task[1] == ARGV[i + 1] and ", ""),
         queue.an_old_lease_cannot_extend_a_later_one,
-        _from(0),
+        _from(10),
     ),
     Mutant(
         "hand back without a fence",
@@ -132,13 +132,13 @@ MUTANTS = [
         "finish leaves the lease",
         script_mutant("finish", "  redis.call('ZREM', leased, id)\n", ""),
         queue.a_finished_task_is_nowhere,
-        _from(0),
+        _from(2),
     ),
     Mutant(
         "lease without reclaim",
         script_mutant("lease", "\nback(leased)\n", "\n"),
         queue.what_a_dead_worker_held_comes_back,
-        _from(0),
+        _from(1),
     ),
     Mutant(
         "reclaim that looks at one lease, and that the newest",
@@ -154,19 +154,44 @@ MUTANTS = [
         "an epoch that starts again when Redis was lost",
         script_mutant("lease", "math.max(last + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]))", "last + 1"),
         queue.a_lease_from_before_redis_lost_everything_is_lost,
-        _from(0),
+        _from(2),
     ),
     Mutant(
         "deliveries that progress does not reset",
         script_mutant("extend", "if ARGV[i + 2] == '1' then", "if false then"),
         queue.deliveries_count_until_there_is_progress,
-        _from(0),
+        _from(14),
     ),
     Mutant(
         "enqueue that forgets that a task is known",
         script_mutant("enqueue", "if redis.call('EXISTS', task_key(id)) == 0 then", "if true then"),
         queue.a_known_task_is_not_added_again,
-        _from(0),
+        _from(2),
+    ),
+    Mutant(
+        "a clock that was set back holds up what it gave",
+        script_mutant("lease", "    local latest = now_ms + tonumber(longest)\n", "    local latest = math.huge\n"),
+        queue.a_clock_that_was_set_back_delays_what_is_due_by_no_more_than_it_was_given_for,
+    ),
+    Mutant(
+        "one turn for the bulk of all embedders",
+        script_mutant("lease", "'turn:' .. mine", "'turn:'"),
+        queue.bulk_of_one_embedder_has_its_turns_whatever_others_take,
+    ),
+    Mutant(
+        "extend without reclaim",
+        script_mutant("extend", "\nback(leased)\n", "\n"),
+        queue.what_expired_and_what_is_due_comes_back_when_a_full_worker_extends,
+    ),
+    Mutant(
+        "a release that stays charged",
+        script_mutant("give_back", "  refund()\n", ""),
+        queue.what_is_released_is_not_charged,
+    ),
+    Mutant(
+        "drop of what is not leased",
+        script_mutant("drop", " or not redis.call('ZSCORE', leased, ARGV[1])", ""),
+        queue.only_what_is_leased_can_be_dropped,
     ),
     Mutant(
         # The simulation does not see it: the scheduler reconciles the queue with the log, and nothing is lost.
@@ -178,7 +203,7 @@ MUTANTS = [
         "admit takes messages away before the log has them",
         _patched("scheduler.inbox.InboxAdmission._admit", _remove_before_admitting),
         inbox.a_message_stays_until_its_shard_is_queued,
-        _from(0),
+        _from(10),
     ),
     Mutant(
         # Nor this: the same text again is no new version, unless one message has two versions of a document.
@@ -186,11 +211,11 @@ MUTANTS = [
         _patched("embedmill.dataset.index.DatasetIndex.batches", lambda _index, _keys: {}),
         inbox.a_message_that_is_read_again_adds_nothing,
     ),
-    Mutant("finish and announce in two calls", _finish_apart, seeds=_from(0)),
+    Mutant("finish and announce in two calls", _finish_apart, seeds=_from(2)),
     Mutant(
         "finish before the marker is durable",
         _patched("embedmill.dataset.dataset.Dataset.commit", _commit_later),
-        seeds=_from(0),
+        seeds=_from(2),
     ),
     Mutant(
         "objects that overwrite each other",
@@ -198,12 +223,12 @@ MUTANTS = [
         seeds=_from(0),
     ),
     Mutant(
-        "a scheduler that rebuilds nothing", _patched("scheduler.service.reconcile", _reconcile_nothing), seeds=_from(0)
+        "a scheduler that rebuilds nothing", _patched("scheduler.service.reconcile", _reconcile_nothing), seeds=_from(5)
     ),
     Mutant(
         "a scheduler that sweeps nothing",
         _patched("scheduler.housekeeping.Housekeeping.sweep", lambda _self: None),
-        seeds=_from(0),
+        seeds=_from(1),
     ),
 ]
 

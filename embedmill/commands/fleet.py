@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from scheduler.queue import JobDepth, Queue, WorkerReport
 
-from .progress import Pace, duration
+from ..messages import job_key
+from .progress import duration
 
-_RATE_SPAN_S = 60.0
-_SAME_REPORT_S = 0.5
+_OLD_AFTER_SPANS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,44 +40,11 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What all workers do together, and one by one (by owner): passages/s and tokens/s."""
+    """What all workers do together, and one by one (by owner), for what is looked at: passages/s and tokens/s."""
 
     passages_s: float = 0.0
     tokens_s: float = 0.0
     by_owner: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Reports:
-    """The reports of one worker: how many different ones were seen, and what they say of its pace."""
-
-    pace: Pace = field(default_factory=lambda: Pace(span_s=_RATE_SPAN_S))
-    count: int = 0
-    last_at_s: float = float("-inf")
-
-    def add(self, at_s: float, worker: WorkerReport) -> None:
-        if at_s - self.last_at_s > _SAME_REPORT_S:
-            passages, tokens = done_by(worker)
-            self.pace.note(at_s, passages=passages, tokens=tokens)
-            self.last_at_s, self.count = at_s, self.count + 1
-
-
-class RateMeter:
-    """Rates of the last minute from what workers report, which they do every few seconds. Time enters as an argument."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, _Reports] = {}
-
-    def note(self, now_s: float, workers: Sequence[WorkerReport]) -> Rates:
-        """Take in what the workers say now; averages since their starts until a second look tells more."""
-        for owner in self._known.keys() - {worker.owner for worker in workers}:
-            del self._known[owner]
-        rates = {}
-        for worker in workers:
-            reports = self._known.setdefault(worker.owner, _Reports())
-            reports.add(now_s - worker.age_s, worker)
-            rates[worker.owner] = reports.pace.rates if reports.count > 1 else _since_start(worker)
-        return Rates(sum(p for p, _ in rates.values()), sum(t for _, t in rates.values()), rates)
 
 
 async def look_at(queue: Queue, *, dataset_id: str | None = None, job: str | None = None) -> Fleet:
@@ -89,9 +55,10 @@ async def look_at(queue: Queue, *, dataset_id: str | None = None, job: str | Non
     return Fleet(jobs, await queue.workers())
 
 
-def done_by(worker: WorkerReport) -> tuple[int, int]:
-    """(passages, tokens) since the worker's start."""
-    return int(worker.record.get("embedded", 0)), int(worker.record.get("tokens", 0))
+def rates_of(fleet: Fleet, *, dataset_id: str | None = None, job: str | None = None) -> Rates:
+    """The last minute of all work, of that for one dataset, or for one job of it, as the workers report it."""
+    by_owner = {worker.owner: _recent_rate(worker, dataset_id, job) for worker in fleet.workers}
+    return Rates(sum(p for p, _ in by_owner.values()), sum(t for _, t in by_owner.values()), by_owner)
 
 
 def time_left(passages: int, rates: Rates) -> str:
@@ -149,12 +116,16 @@ def fleet_record(fleet: Fleet, rates: Rates) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _since_start(worker: WorkerReport) -> tuple[float, float]:
-    """Averages over the worker's life, by its clock and ours."""
-    try:
-        started = datetime.fromisoformat(str(worker.record["started_at"]))
-        seconds = (datetime.now(tz=UTC) - started).total_seconds() - worker.age_s
-    except (KeyError, ValueError, TypeError):
+def _recent_rate(worker: WorkerReport, dataset_id: str | None, job: str | None) -> tuple[float, float]:
+    """(passages/s, tokens/s); none of a worker that has not reported for long."""
+    seconds = float(worker.record.get("recent_s", 0.0))
+    if seconds <= 0 or worker.age_s > _OLD_AFTER_SPANS * seconds:
         return 0.0, 0.0
-    passages, tokens = done_by(worker)
-    return (passages / seconds, tokens / seconds) if seconds >= 1 else (0.0, 0.0)
+    done = [counts for key, counts in worker.record.get("recent", {}).items() if _is_of(key, dataset_id, job)]
+    return sum(passages for passages, _ in done) / seconds, sum(tokens for _, tokens in done) / seconds
+
+
+def _is_of(key: str, dataset_id: str | None, job: str | None) -> bool:
+    if dataset_id is None:
+        return True
+    return key.startswith(job_key(dataset_id, "")) if job is None else key == job_key(dataset_id, job)

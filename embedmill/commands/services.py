@@ -62,7 +62,7 @@ def scheduler(datasets: tuple[str, ...], redis: str | None, namespace: str, ling
 @click.command()
 @shared("redis", "namespace", "model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency")
 @click.option(
-    "--lease", "lease_s", type=click.FloatRange(min=1, max=3600), default=LEASE_S, show_default=True, metavar="SECONDS",
+    "--lease", "lease_s", type=click.FloatRange(min=2, max=3600), default=LEASE_S, show_default=True, metavar="SECONDS",
     help="How long a dead worker's shards wait for the next one; extended four times as often.",
 )  # fmt: skip
 def worker(redis: str | None, namespace: str, lease_s: float, **options: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
@@ -17,14 +16,14 @@ from scheduler.queue import Queue
 from worker.checkpoints import count_kept
 
 from ..dataset.dataset import Dataset
-from ..dataset.dead_letters import failed_rows
+from ..dataset.dead_letters import FailedRow, failed_rows
 from ..dataset.layout import Job
-from ..dataset.summary import DatasetSummary, summarize
+from ..dataset.summary import DatasetSummary, shards_of, summarize
 from ..errors import ConfigurationError
-from .fleet import Fleet, RateMeter, Rates, fleet_lines, fleet_record, look_at, time_left
+from .fleet import Fleet, Rates, fleet_lines, fleet_record, look_at, rates_of, time_left
 from .jobs import require_job
 from .options import check_job_name, output_options, shared
-from .watch import watch
+from .watch import place_words, watch
 
 _SHOWN_FAILURES = 20
 _RETRY_S = 5.0
@@ -44,7 +43,7 @@ def status(
 ) -> int:  # fmt: skip
     """How many passages of DATASET are embedded, failed and owed; with --redis, the backlog, the workers and their pace.
 
-    Without DATASET: everything in the namespace of --redis.
+    With JOB: of that job alone. Without DATASET: everything in the namespace of --redis.
     """
     opened = Dataset.open(dataset) if dataset is not None else None
     if opened is None and redis is None:
@@ -63,7 +62,7 @@ def status(
     for line in _lines(opened, job, fleet, rates):
         click.echo(line)
     if failed and opened is not None:
-        for line in _failure_lines(opened):
+        for line in _failure_lines(opened, job):
             click.echo(line)
     return 0
 
@@ -80,8 +79,9 @@ async def _open_queue(redis: str, namespace: str) -> AsyncIterator[Queue]:
 
 async def _look_once(dataset: Dataset | None, job: str | None, redis: str, namespace: str) -> tuple[Fleet, Rates]:
     async with _open_queue(redis, namespace) as queue:
-        fleet = await look_at(queue, dataset_id=dataset.info.id if dataset else None, job=job)
-    return fleet, RateMeter().note(time.monotonic(), fleet.workers)
+        dataset_id = dataset.info.id if dataset else None
+        fleet = await look_at(queue, dataset_id=dataset_id, job=job)
+    return fleet, rates_of(fleet, dataset_id=dataset_id, job=job)
 
 
 async def _watch(dataset: Dataset | None, job: str | None, redis: str | None, namespace: str, every_s: float) -> int:
@@ -96,10 +96,9 @@ async def _watch(dataset: Dataset | None, job: str | None, redis: str | None, na
 def _lines(dataset: Dataset | None, job: str | None, fleet: Fleet | None, rates: Rates) -> Iterator[str]:
     owed = fleet.backlog()["passages"] if fleet else 0
     if dataset is not None:
-        summary = summarize(dataset)
-        kept = count_kept(dataset, dataset.owed())
+        summary, kept = _counted(dataset, job)
         owed = summary.owed - kept
-        yield from _dataset_lines(dataset, summary, kept)
+        yield from _dataset_lines(place_words(dataset, job), summary, kept)
         for known in _jobs(dataset, job):
             if known.state != "running":
                 yield f"  job         {known.id} is {known.state}: {known.reason}"
@@ -110,10 +109,15 @@ def _lines(dataset: Dataset | None, job: str | None, fleet: Fleet | None, rates:
             yield f"  time left   about {left}"
 
 
-def _dataset_lines(dataset: Dataset, summary: DatasetSummary, kept: int) -> Iterator[str]:
+def _counted(dataset: Dataset, job: str | None) -> tuple[DatasetSummary, int]:
+    """What a dataset or a job of it holds, and how many owed rows are in checkpoints."""
+    return summarize(dataset, job=job), count_kept(dataset, shards_of(dataset, dataset.owed(), job=job))
+
+
+def _dataset_lines(place: str, summary: DatasetSummary, kept: int) -> Iterator[str]:
     done = summary.admitted - summary.owed + kept
     percent = 100 * done / summary.admitted if summary.admitted else 100
-    yield f"{dataset.url}: {done:,} of {summary.admitted:,} passages done ({percent:.0f} %)"
+    yield f"{place}: {done:,} of {summary.admitted:,} passages done ({percent:.0f} %)"
     yield f"  embedded    {summary.embedded:,} ({summary.truncated:,} cut to the model's limit)"
     yield f"  failed      {summary.failed_words.replace(' failed', '', 1)}"
     if summary.cancelled:
@@ -128,8 +132,12 @@ def _jobs(dataset: Dataset, job: str | None) -> Sequence[Job]:
     return [known for known in dataset.jobs() if job in (None, known.id)]
 
 
-def _failure_lines(dataset: Dataset) -> Iterator[str]:
-    letters = [letter for letter in failed_rows(dataset) if letter.state == "open"]
+def _letters(dataset: Dataset, job: str | None) -> list[FailedRow]:
+    return [letter for letter in failed_rows(dataset) if job in (None, dataset.admission(letter.shard).job)]
+
+
+def _failure_lines(dataset: Dataset, job: str | None) -> Iterator[str]:
+    letters = [letter for letter in _letters(dataset, job) if letter.state == "open"]
     for letter in islice(letters, _SHOWN_FAILURES):
         failure = letter.failure
         yield f"  {failure.id} (version {failure.version}): {failure.code}: {failure.cause}"
@@ -141,13 +149,13 @@ def _as_record(dataset: Dataset | None, job: str | None, fleet: Fleet | None, ra
     record: dict[str, Any] = {}
     owed = fleet.backlog()["passages"] if fleet else 0
     if dataset is not None:
-        summary, kept = summarize(dataset), count_kept(dataset, dataset.owed())
+        summary, kept = _counted(dataset, job)
         owed = summary.owed - kept
         record = {
             "dataset": dataset.url,
             "passages": summary.as_dict(),
             "in_checkpoints": kept,
-            "failures": [{**letter.failure.as_dict(), "state": letter.state} for letter in failed_rows(dataset)],
+            "failures": [{**letter.failure.as_dict(), "state": letter.state} for letter in _letters(dataset, job)],
             "jobs": [
                 {"id": known.id, "lane": known.lane, "state": known.state, "reason": known.reason}
                 for known in _jobs(dataset, job)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 from anyio import to_thread
@@ -21,7 +22,7 @@ from scheduler.queue import Queue
 from ..dataset.dataset import Dataset
 from ..dataset.summary import DatasetSummary, summarize
 from ..errors import TransientError
-from .fleet import Fleet, RateMeter, Rates, look_at, rate_words, time_left
+from .fleet import Fleet, Rates, look_at, rate_words, rates_of, time_left
 from .progress import duration
 from .services import until_signal
 
@@ -65,7 +66,6 @@ class _Watcher:
         self._dataset = dataset
         self._queue = queue
         self._job = job
-        self._meter = RateMeter()
         self._summary: DatasetSummary | None = None
         self._summary_at_s = float("-inf")
         self._fleet: Fleet | None = None
@@ -73,18 +73,23 @@ class _Watcher:
 
     async def look(self) -> Look:
         if self._dataset is not None and time.monotonic() - self._summary_at_s >= _SUMMARY_EVERY_S:
-            self._summary = await to_thread.run_sync(summarize, self._dataset)
+            self._summary = await to_thread.run_sync(partial(summarize, self._dataset, job=self._job))
             self._summary_at_s = time.monotonic()
         trouble = ""
         if self._queue is not None:
             try:
                 dataset_id = self._dataset.info.id if self._dataset else None
                 self._fleet = await look_at(self._queue, dataset_id=dataset_id, job=self._job)
-                self._rates = self._meter.note(time.monotonic(), self._fleet.workers)
+                self._rates = rates_of(self._fleet, dataset_id=dataset_id, job=self._job)
             except TransientError as error:
                 trouble = str(error)
-        title = self._dataset.url if self._dataset else "queue"
+        title = place_words(self._dataset, self._job) if self._dataset else "queue"
         return Look(title, self._summary, self._fleet, self._rates, trouble)
+
+
+def place_words(dataset: Dataset, job: str | None) -> str:
+    """What is looked at: a dataset, or one job of it."""
+    return f"{dataset.url}, job {job}" if job else dataset.url
 
 
 def plain_line(look: Look) -> str:

@@ -6,6 +6,7 @@ has retired it and, if it was written as a replacement, when a retirement has pu
 
 from __future__ import annotations
 
+import io
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,11 +23,13 @@ from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExis
 from . import layout
 from .index import INDEXED_COLUMNS, DatasetIndex
 from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
-from .passages import Passage, ShardOrigin, decode_passages, encode_passages, passages_table
+from .passages import Passage, ShardOrigin, decode_passages, encode_passages, passages_table, read_footer
 from .rowless import decode_rowless, encode_rowless
 from .shard import crc32c, decode_shard, encode_shard
 from .store import LocalStore, Store, open_store
 from .zarr_metadata import create_metadata, raise_shape, shape_of
+
+_DAMAGED_FOLDER = "damaged"
 
 
 def now_iso() -> str:
@@ -35,10 +38,12 @@ def now_iso() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What is asked again and again of an admitted shard. retries: row -> (shard, row) of the failure tried again."""
+    """What is asked again and again of an admitted shard. text_bytes: about; retries: row -> (shard, row) of the failure
+    tried again."""
 
     job: str
     rows: int
+    text_bytes: int
     retries: Mapping[int, tuple[int, int]]
 
 
@@ -50,6 +55,7 @@ class Dataset:
         self.info = info
         self._markers: dict[int, Marker] = {}
         self._admissions: dict[int, Admission] = {}
+        self._put_aside: dict[str, frozenset[int]] = {}
 
     @classmethod
     def open(cls, url: str) -> Dataset:
@@ -152,14 +158,19 @@ class Dataset:
         return self.documents(shard, columns=["version"])[1]
 
     def admission(self, shard: int) -> Admission:
-        """The job of a shard and its size. Shards of the log never change, so they are read once."""
+        """The job of a shard and its size, without reading its rows. Shards of the log never change, so it is read once."""
         if shard not in self._admissions:
-            table, origin = self.documents(shard, columns=["version"])
-            self._admissions[shard] = Admission(origin.job, table.num_rows, origin.retries)
+            key = layout.documents_key(shard)
+            source = self.store.path(key) if isinstance(self.store, LocalStore) else io.BytesIO(self.store.read(key))
+            footer = read_footer(source, name=self._name(key))
+            self._admissions[shard] = Admission(
+                footer.origin.job, footer.rows, footer.text_bytes, footer.origin.retries
+            )
         return self._admissions[shard]
 
     def marker(self, shard: int) -> Marker | None:
-        """What was committed as this shard; None while it is owed. Markers never change, so they are remembered."""
+        """What was committed as this shard; None while it is owed. Remembered: markers never change where they stand, and
+        `forget_put_aside` forgets those that were taken away."""
         if shard not in self._markers:
             key = layout.commit_key(shard)
             data = self.store.read_or_none(key)
@@ -250,9 +261,20 @@ class Dataset:
         for key in (layout.commit_key(shard), layout.vectors_key(shard)):
             data = self.store.read_or_none(key)
             if data is not None:
-                self.store.create(f"damaged/{stamp}/{key}", data)
+                self.store.create(f"{_DAMAGED_FOLDER}/{stamp}/{key}", data)
                 self.store.delete(key)
         self._markers.pop(shard, None)
+
+    def forget_put_aside(self) -> frozenset[int]:
+        """Have markers read anew that any process has ever put aside; the shards. Cheap where nothing was."""
+        for stamp in self.store.names(_DAMAGED_FOLDER):
+            if not self._put_aside.get(stamp):
+                names = self.store.names(f"{_DAMAGED_FOLDER}/{stamp}/{layout.COMMITS_FOLDER}")
+                self._put_aside[stamp] = frozenset(layout.numbers(names, suffix=".json"))
+        shards = frozenset[int]().union(*self._put_aside.values())
+        for shard in shards:
+            self._markers.pop(shard, None)
+        return shards
 
     def describe_object(self, key: str) -> StoredObject:
         """Size and checksum of an object as it is stored now."""

@@ -74,6 +74,7 @@ def retried_places(dataset: Dataset) -> set[Place]:
 
 def drop_letters(dataset: Dataset, letters: Iterable[FailedRow]) -> int:
     """Note durably that somebody has seen these failures; how many were not dropped before."""
+    letters = list(letters)
     while True:
         current = dataset.store.read_or_none(layout.DROPPED_KEY)
         known = _parse(current)

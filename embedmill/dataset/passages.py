@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -126,6 +127,32 @@ def decode_passages(data: bytes, *, name: str, columns: Sequence[str] | None = N
     if raw is None:
         raise CorruptStore(f"{name} has no embedmill metadata")
     return table, _origin_from_json(raw, name=name)
+
+
+@dataclass(frozen=True, slots=True)
+class PassagesFooter:
+    """What the end of a Parquet object tells. text_bytes: of its texts, before compression."""
+
+    rows: int
+    text_bytes: int
+    origin: ShardOrigin
+
+
+def read_footer(source: Path | io.BytesIO, *, name: str) -> PassagesFooter:
+    """Reads nothing else. Raises CorruptStore, naming the object, also where there is none."""
+    try:
+        metadata = pq.read_metadata(source)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        text_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+    except FileNotFoundError as error:
+        raise CorruptStore(f"{name} is missing") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptStore(f"{name} is not readable Parquet: {error}") from error
+    raw = (metadata.metadata or {}).get(_METADATA_KEY)
+    if raw is None:
+        raise CorruptStore(f"{name} has no embedmill metadata")
+    return PassagesFooter(metadata.num_rows, text_bytes, _origin_from_json(raw, name=name))
 
 
 def _origin_to_json(origin: ShardOrigin) -> bytes:

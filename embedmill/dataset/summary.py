@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from typing import Any
 
 from . import layout
 from .dataset import Dataset
-from .dead_letters import failed_rows
+from .dead_letters import failed_rows, retried_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +50,23 @@ class DatasetSummary:
         return asdict(self)
 
 
-def summarize(dataset: Dataset) -> DatasetSummary:
-    """Count a dataset. Cheap: markers for what is committed, Parquet footers for what is owed."""
-    shards = dataset.admitted()
-    markers = [marker for shard in dataset.committed() if (marker := dataset.marker(shard)) is not None]
-    admissions = [dataset.admission(shard) for shard in dataset.owed()]
-    owed = sum(admission.rows for admission in admissions)
-    retries = sum(len(marker.retries) for marker in markers) + sum(len(a.retries) for a in admissions)
-    failures = failed_rows(dataset)
+def summarize(dataset: Dataset, *, job: str | None = None) -> DatasetSummary:
+    """Count a dataset, or one job of it. Cheap: it reads markers, and the footers of documents."""
+    dataset.forget_put_aside()
+    shards = shards_of(dataset, dataset.admitted(), job=job)
+    markers = [
+        marker for shard in shards_of(dataset, dataset.committed(), job=job) if (marker := dataset.marker(shard))
+    ]
+    owed = sum(dataset.admission(shard).rows for shard in shards_of(dataset, dataset.owed(), job=job))
+    mine = set(shards)
+    retries = sum(shard in mine for shard, _ in retried_places(dataset))
+    failures = [letter for letter in failed_rows(dataset) if letter.shard in mine]
 
     def count(status: int) -> int:
         return sum(marker.count(status) for marker in markers)
 
+    lines = (line for line in _spend_lines(dataset) if job is None or line.get("shard") in mine)
+    in_logs = sum(line["tokens"] for line in lines)
     in_markers = sum(marker.billed_tokens for marker in markers)
     return DatasetSummary(
         shards=len(shards),
@@ -73,10 +78,15 @@ def summarize(dataset: Dataset) -> DatasetSummary:
         cancelled=count(layout.CANCELLED),
         owed=owed,
         truncated=sum(len(marker.truncated) for marker in markers),
-        billed_tokens=max(in_markers, sum(line["tokens"] for line in _spend_lines(dataset))),
+        billed_tokens=max(in_markers, in_logs),
         dropped=sum(letter.state == "dropped" for letter in failures),
         superseded=sum(letter.state == "superseded" for letter in failures),
     )
+
+
+def shards_of(dataset: Dataset, shards: Iterable[int], *, job: str | None) -> list[int]:
+    """Those of one job; all without one."""
+    return [shard for shard in shards if dataset.admission(shard).job == job] if job else list(shards)
 
 
 def spent_recently(dataset: Dataset, *, key_id: str, within_s: float = 60.0) -> int:

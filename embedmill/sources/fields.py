@@ -101,7 +101,10 @@ def take_id(record: dict[str, object], *, rules: FieldRules, fallback_id: str) -
 def check_id(value: object) -> str:
     """The id as a string. Raises RecordRefused for other types and for what a key cannot be."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+        if value.bit_length() > 4 * MAX_ID_BYTES:
+            # Far longer, and Python writes no integer of more than 4,300 digits.
+            raise RecordRefused(f"the id is longer than {MAX_ID_BYTES} bytes")
+        value = str(value)
     if not isinstance(value, str):
         raise RecordRefused(f"the id must be a string or an integer, not {name_type(value)}")
     if not value:

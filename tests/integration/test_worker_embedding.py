@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from embedmill.dataset.layout import EMBEDDED, FAILED
 from embedmill.errors import (
     InputRejected,
     JobFatalError,
+    PassageTooLarge,
     RequestTooLarge,
 )
 from scheduler.queue import Depth, Queue
+from scheduler.reconcile import reconcile
 from tests.worker_bench import (
     TestedEmbedder,
     check,
@@ -101,8 +104,13 @@ async def test_a_passage_beyond_the_keys_limits_stops_the_job_and_is_not_buried(
             raise RequestTooLarge("about 580 tokens, and this key may send 400 per minute")
 
     await owe(dataset, queue, texts_of(0))
-    with pytest.raises(JobFatalError, match="400 per minute; nothing is lost"):
+    with pytest.raises(PassageTooLarge, match=r"passage 0-3 is too large: .* 400 per minute; nothing is lost"):
         await work_off(queue, TestedEmbedder(before=too_large))
+    job = dataset.job("main")
+    assert job is not None
+    assert (job.state, job.stopped_by) == ("paused", "worker")
+    dataset.change_job("main", lambda known: replace(known, state="running"))
+    await reconcile(dataset, queue)
     await work_off(queue, TestedEmbedder())
     check(dataset)
     assert statuses(dataset) == [EMBEDDED] * 8

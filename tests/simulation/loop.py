@@ -41,6 +41,11 @@ def current_process() -> str:
     return "world" if process is None else process.name
 
 
+def process_or_none() -> Process | None:
+    """The process that this code runs in; None for the world."""
+    return _process.get()
+
+
 def process_of_this_task() -> Process:
     """Raises AssertionError outside of every process."""
     process = _process.get()

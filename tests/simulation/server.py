@@ -15,6 +15,7 @@ from unittest import mock
 import fakeredis
 from fakeredis import FakeAsyncRedis as _FakeAsyncRedis
 from fakeredis.aioredis import FakeAsyncRedisConnection
+from fakeredis.model import ExpiringMembersSet
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from embedmill.connection import FAKE_URL, Connection
@@ -29,16 +30,28 @@ _LATENCY_S = 0.03
 
 @dataclass
 class Faults:
-    """How likely each fault is: a request or a reply is lost, per command; a process dies or stalls, per callback."""
+    """How likely each fault is: a request or a reply is lost, per command; a process dies or stalls, per callback.
+
+    hot: of each failpoint, that it is one at which processes die and stall often, for a while.
+    """
 
     lost: float = 0.0
     crash: float = 0.0
     stall: float = 0.0
+    hot: float = 0.0
     longest_stall_s: float = 0.0
     away_until: float = 0.0
 
     def stop(self) -> None:
-        self.lost = self.crash = self.stall = self.away_until = 0.0
+        self.lost = self.crash = self.stall = self.hot = self.away_until = 0.0
+
+
+_members = ExpiringMembersSet.__iter__
+
+
+def _sorted_members(members: ExpiringMembersSet) -> Iterator[bytes]:
+    """SMEMBERS in an order that does not hang on this process's hashes of strings."""
+    return iter(sorted(_members(members)))
 
 
 class _Callbacks(dict[Callable[[], None], None]):
@@ -73,6 +86,7 @@ class Server:
         with (
             mock.patch.object(fakeredis, "FakeServer", return_value=self.redis),
             mock.patch.object(fakeredis, "FakeAsyncRedis", client),
+            mock.patch.object(ExpiringMembersSet, "__iter__", _sorted_members),
         ):
             yield
 

@@ -15,9 +15,11 @@ from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import anyio
 
+from embedmill import failpoints
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import DatasetInfo
@@ -36,14 +38,15 @@ from worker.embedders.null import NullEmbedder
 from worker.service import Worker
 
 from .history import History
-from .loop import Baton, Process, SimulatedLoop, Stuck, current_process, process_of_this_task
+from .loop import Baton, Process, SimulatedLoop, Stuck, current_process, process_of_this_task, process_or_none
 from .promises import QueuePromises
 from .server import Faults, Server
 from .world import simulated_world
 
 NAMESPACE = "simulated"
 LEASE_S = 8.0
-_TO_DRAIN_S = 200.0
+# Clean seeds take 47 s at most (of 0 to 60 and 1000 to 1119); the summary of `python -m tests.simulation` says it.
+TO_DRAIN_S = 120.0
 # Two rounds of a scheduler, and a lease.
 _TO_TIDY_S = 18.0
 _PUSHERS = ("a", "b")
@@ -53,6 +56,10 @@ _PARTS = 4
 _PART_DOCUMENTS = 8
 _SHARD_ROWS = 6
 _TOLD_WHILE_STALLED = 0.5
+_EMPTIED_LAST = 0.3
+# A hot failpoint hits so often, at most, and whoever reaches it with this probability.
+_HITS = 3
+_HIT = 0.3
 
 
 def texts_of(pusher: str, part: int) -> dict[str, str]:
@@ -69,7 +76,7 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Found:
-    """How a simulation ended. `failure` is None when every promise was kept."""
+    """How a simulation ended. `failure` is None when every promise was kept; drained_in_s: virtual, from the last fault."""
 
     seed: int
     failure: str | None
@@ -77,6 +84,7 @@ class Found:
     lines: list[str]
     steps: int
     virtual_s: float
+    drained_in_s: float
 
 
 class SlowEmbedder(NullEmbedder):
@@ -118,6 +126,16 @@ class ListSource:
                 yield SourceDocument(id_, text, "{}", Cursor(record=number + 1), f"{self.name}:{number}")
 
 
+class _Pause:
+    """What a failpoint does whose process was hit: the task or the thread goes no further until the process does."""
+
+    action = "stall"
+    stall_s = 0.0
+
+    def act(self) -> None:
+        Baton.pause()
+
+
 @dataclass
 class System:
     """One simulation of one seed."""
@@ -130,6 +148,8 @@ class System:
     faults: Faults = field(default_factory=Faults)
     batons: list[Baton] = field(default_factory=list)
     over: bool = False
+    calm_since_s: float = 0.0
+    drained_in_s: float = 0.0
     failure: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -140,6 +160,7 @@ class System:
         self.pushed = dict.fromkeys(_EVERYBODY, 0)
         self.root = self.folder / "dataset"
         self.server = Server(self.loop, self.chance, self.faults, self.history, self._fail)
+        self._hits_left: dict[str, int] = {}
         self._stops: dict[Process, Callable[[], None]] = {}
         self._mains: dict[Process, Callable[[], Awaitable[None]]] = {}
 
@@ -149,7 +170,8 @@ class System:
         logging.disable()
         try:
             world = simulated_world(self.loop, self.chance, note=self._note, batons=self.batons)
-            with world, self.server.instead_of_fakeredis():
+            between_steps = mock.patch.object(failpoints, "_due", self._at_failpoint)
+            with world, between_steps, self.server.instead_of_fakeredis():
                 self._create_dataset()
                 try:
                     self.loop.run_until_complete(self._conduct())
@@ -195,11 +217,12 @@ class System:
             self._start(name, main)
         if not self.calm:
             await self._disturb()
-        deadline = self.loop.time() + _TO_DRAIN_S
+        deadline = self.loop.time() + TO_DRAIN_S
         while not await self._drained():
             if self.loop.time() > deadline:
-                raise Broken(f"I7: {_TO_DRAIN_S:.0f} s after the last fault there is work left: {self._left()}")
+                raise Broken(f"I7: {TO_DRAIN_S:.0f} s after the last fault there is work left: {self._left()}")
             await asyncio.sleep(1.0)
+        self.drained_in_s = self.loop.time() - self.calm_since_s
         await self._let_latecomers_be_late()
         self.dataset.publish_shape()
 
@@ -209,6 +232,7 @@ class System:
         faults.lost = chance.choice([0.0, 0.02, 0.1])
         faults.crash = chance.choice([0.0, 0.002, 0.01])
         faults.stall = chance.choice([0.0, 0.002, 0.006])
+        faults.hot = chance.choice([0.0, 0.15, 0.3])
         faults.longest_stall_s = 3 * LEASE_S
         end = self.loop.time() + chance.uniform(10, 40)
         while self.loop.time() < end and self.failure is None:
@@ -218,8 +242,12 @@ class System:
             if chance.random() < 0.15:
                 faults.away_until = self.loop.time() + chance.uniform(0.5, 6)
                 self._note("away")
+        if chance.random() < _EMPTIED_LAST:
+            # Pushers are done by now, mostly: who rebuilds the queue is the scheduler.
+            self.server.flush()
         faults.stop()
         self._note("the faults stop")
+        self.calm_since_s = self.loop.time()
 
     async def _let_latecomers_be_late(self) -> None:
         """Whoever still stands still gets up and does its worst, and schedulers clean up after it."""
@@ -301,15 +329,40 @@ class System:
     def _before_step(self, process: Process) -> None:
         draw, faults = self.chance.random(), self.faults
         if draw < faults.crash:
-            self.server.note(process.name, "killed")
-            self.loop.kill(process)
-            self._start_later(process)
+            self._kill(process, "")
         elif draw < faults.crash + faults.stall:
-            seconds = self.chance.uniform(0.2, faults.longest_stall_s)
-            self.server.note(process.name, f"stalled for {seconds:.3f} s")
-            process.stalled_until = self.loop.time() + seconds
-            if self.chance.random() < _TOLD_WHILE_STALLED:
-                self._tell_to_end(process)
+            self._stall(process, "")
+
+    def _at_failpoint(self, name: str) -> _Pause | None:
+        """In the place of the plan: the process in which this failpoint was reached may die or stall right there."""
+        process, chance = process_or_none(), self.chance
+        if process is None or not process.mortal or process.dead or self.over or not self.faults.hot:
+            return None
+        if name not in self._hits_left:
+            self._hits_left[name] = _HITS if chance.random() < self.faults.hot else 0
+        if not self._hits_left[name] or chance.random() > _HIT:
+            return None
+        self._hits_left[name] -= 1
+        hit = chance.choice([self._kill, self._kill, self._stall, self._stall, self._black_out])
+        hit(process, f" at {name}")
+        return _Pause()
+
+    def _black_out(self, process: Process, where: str) -> None:
+        """The machine goes down that this process and Redis are on."""
+        self.server.flush()
+        self._kill(process, where)
+
+    def _kill(self, process: Process, where: str) -> None:
+        self.server.note(process.name, f"killed{where}")
+        self.loop.kill(process)
+        self._start_later(process)
+
+    def _stall(self, process: Process, where: str) -> None:
+        seconds = self.chance.uniform(0.2, self.faults.longest_stall_s)
+        self.server.note(process.name, f"stalled for {seconds:.3f} s{where}")
+        process.stalled_until = self.loop.time() + seconds
+        if self.chance.random() < _TOLD_WHILE_STALLED:
+            self._tell_to_end(process)
 
     def _tell_to_end(self, process: Process) -> None:
         """SIGTERM, which a stalled process gets before anything else when it goes on."""
@@ -340,7 +393,8 @@ def simulate(seed: int, folder: Path, *, calm: bool = False, verbose: bool = Fal
         system.run()
     except AssertionError as error:
         failure = str(error) or repr(error)
-    return Found(seed, failure, system.history.digest, system.history.lines, system.loop.steps, system.loop.time())
+    history, loop = system.history, system.loop
+    return Found(seed, failure, history.digest, history.lines, loop.steps, loop.time(), system.drained_in_s)
 
 
 @cache

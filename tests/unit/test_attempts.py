@@ -1,11 +1,12 @@
 from collections.abc import Sequence
+from contextlib import asynccontextmanager
 
 import anyio
 import numpy as np
 import pytest
 
 from embedmill.embedder import BatchLimits, EmbedderSpec, Embedding, Role
-from embedmill.errors import InputRejected, InvalidKey, OutcomeUnknown, Overloaded, RateLimited
+from embedmill.errors import EmbedderFailed, InputRejected, InvalidKey, OutcomeUnknown, Overloaded, RateLimited
 from scheduler.budget import Grant, Unlimited
 from worker.attempts import RetryPolicy, embed_batch
 
@@ -78,12 +79,53 @@ async def test_transient_failures_are_raised_after_six_attempts(error):
     assert embedder.calls == 6
 
 
-@pytest.mark.parametrize("error", [InputRejected("bad text"), InvalidKey("bad key"), ZeroDivisionError()])
+@pytest.mark.parametrize("error", [InputRejected("bad text"), InvalidKey("bad key")])
 async def test_what_cannot_pass_goes_up_at_once(error):
     embedder = ScriptedEmbedder(error, error)
     with pytest.raises(type(error)):
         await embed_batch(embedder, ["a"], budget=Unlimited(), policy=FAST)
     assert embedder.calls == 1
+
+
+class PanicException(BaseException):
+    """What a panic in Rust looks like in Python."""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("no"), MemoryError(), PanicException("index out of bounds")])
+async def test_what_nobody_foresaw_goes_up_at_once_under_our_name_and_is_charged_with_its_estimate(error):
+    embedder, budget, events = ScriptedEmbedder(error, error), RecordedBudget(), []
+    with pytest.raises(EmbedderFailed, match=type(error).__name__):
+        await embed_batch(embedder, ["a"], budget=budget, policy=FAST, on_event=events.append)
+    assert embedder.calls == 1
+    assert budget.grants[0].outcome == "unknown"
+    assert [(one.outcome, one.billed_tokens) for one in events] == [("embedder_failed", None)]
+
+
+async def test_waiting_for_a_turn_and_before_the_next_try_is_outside_of_sending():
+    inside, seen = [False], []
+
+    class Watched(ScriptedEmbedder):
+        async def embed(self, texts, *, role="document"):
+            seen.append(("embed", inside[0]))
+            return await super().embed(texts, role=role)
+
+    class Waited(Unlimited):
+        @asynccontextmanager
+        async def reserve(self, est_tokens):
+            seen.append(("reserve", inside[0]))
+            yield Grant(est_tokens)
+
+    @asynccontextmanager
+    async def sending():
+        inside[0] = True
+        try:
+            yield
+        finally:
+            inside[0] = False
+
+    embedder = Watched(RateLimited("no"), Overloaded("busy"))
+    await embed_batch(embedder, ["a"], budget=Waited(), policy=FAST, sending=sending)
+    assert seen == [("reserve", False), ("embed", True)] * 3
 
 
 async def test_only_an_unknown_outcome_is_charged_with_its_estimate():

@@ -13,7 +13,8 @@ from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.dead_letters import FailedRow, drop_letters, failed_rows
 from embedmill.dataset.layout import CANCELLED, EMBEDDED, Failure, Job
 from embedmill.dataset.passages import ShardOrigin
-from embedmill.dataset.summary import summarize
+from embedmill.dataset.store import LocalStore
+from embedmill.dataset.summary import DatasetSummary, summarize
 from embedmill.dataset.verification import verify_dataset
 from embedmill.errors import StorageError
 from loader.rows import plan_shard
@@ -170,6 +171,43 @@ def test_a_dropped_letter_stays_failed_and_is_not_open_and_counts_again_when_it_
     retry(dataset, letters)
     commit(dataset, 2, failed={0})
     assert states(dataset) == {"0-1": "open"}
+
+
+def test_letters_from_an_iterator_are_dropped_though_somebody_else_was_faster(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = failed_rows(dataset)
+    swap = LocalStore.swap
+
+    def lose_once(store: LocalStore, key: str, data: bytes, *, expected: bytes | None) -> None:
+        monkeypatch.undo()
+        assert drop_letters(Dataset.open(dataset.url), [second]) == 1
+        swap(store, key, data, expected=expected)
+
+    monkeypatch.setattr(LocalStore, "swap", lose_once)
+    assert drop_letters(dataset, iter([first])) == 1
+    assert states(dataset) == {"0-1": "dropped", "0-5": "dropped"}
+
+
+def test_a_summary_of_one_job_counts_its_shards_alone(dataset: Dataset) -> None:
+    admit_texts(dataset, 2, ["one", "two", "three"], origin=ShardOrigin(2, "news"))
+    main, news = (summarize(dataset, job=job) for job in ("main", "news"))
+    assert (main.shards, main.admitted, main.embedded, main.failed, main.owed) == (2, 16, 14, 2, 0)
+    assert (news.shards, news.admitted, news.embedded, news.failed, news.owed) == (1, 3, 0, 0, 3)
+    retry(dataset, failed_rows(dataset))
+    main, whole = summarize(dataset, job="main"), summarize(dataset)
+    assert (main.admitted, main.embedded, main.failed, main.owed) == (16, 14, 0, 2)
+    assert (whole.admitted, whole.embedded, whole.failed, whole.owed) == (19, 14, 0, 5)
+    assert summarize(dataset, job="none") == DatasetSummary(*[0] * 10)
+
+
+def test_a_summary_sees_that_a_shard_was_put_aside_and_committed_anew_by_others(dataset: Dataset) -> None:
+    assert summarize(dataset).failed == 2
+    other = Dataset.open(dataset.url)
+    other.put_aside(0)
+    assert summarize(dataset).owed == 8
+    commit(other, 0)
+    assert (summarize(dataset).failed, summarize(dataset).owed) == (0, 0)
 
 
 def test_the_failures_of_a_dataset_that_cannot_be_written_are_read_from_the_log(

@@ -48,6 +48,15 @@ def test_only_the_checkpoints_of_committed_shards_are_swept(dataset: Dataset) ->
     assert len(dataset.store.names(checkpoints_folder(1))) == 1
 
 
+def test_checkpoints_of_a_shard_whose_marker_was_put_aside_are_paid_for_and_stay(dataset: Dataset) -> None:
+    commit(dataset, 0)
+    assert dataset.marker(0) is not None, "a scheduler remembers it from here on"
+    Dataset.open(dataset.url).put_aside(0)
+    keep_a_row(Dataset.open(dataset.url), 0)
+    Housekeeping(dataset).sweep()
+    assert len(dataset.store.names(checkpoints_folder(0))) == 1
+
+
 def test_half_written_files_go_once_they_are_old(dataset: Dataset, tmp_path: Path) -> None:
     old, new = tmp_path / "wiki/commits/.a.1.tmp", tmp_path / "wiki/commits/.b.2.tmp"
     old.parent.mkdir(exist_ok=True)

@@ -25,7 +25,12 @@ def embedder(model="jina/jina-embeddings-v3", **options):
 
 
 def answer(status, content, headers=None):
-    return Answer(status, headers or {}, content, json.dumps(content))
+    body = json.dumps(content)
+    return Answer(status, headers or {}, body.encode(), body)
+
+
+def parse(content, **how):
+    return parse_embedding(json.dumps(content).encode(), **how)
 
 
 def item(index, vector):
@@ -86,7 +91,7 @@ async def test_what_is_billed_is_learned_but_not_from_texts_that_may_have_been_c
     content = {"data": [item(0, [1.0] * 1024)], "usage": {"total_tokens": 7}}
 
     async def answer(*_):
-        return Answer(200, {}, content, "")
+        return Answer(200, {}, json.dumps(content).encode())
 
     monkeypatch.setattr(jina._http, "post_json", answer)
     await jina.embed(["a" * 9000])
@@ -98,7 +103,7 @@ async def test_what_is_billed_is_learned_but_not_from_texts_that_may_have_been_c
 
 def test_rows_are_placed_by_index_whatever_their_order():
     content = {"data": [item(1, [3, 4]), item(0, [1, 2])], "usage": {"total_tokens": 9}}
-    embedding = parse_embedding(content, rows=2, dimensions=2)
+    embedding = parse(content, rows=2, dimensions=2)
     assert embedding.vectors.dtype == np.float32
     assert embedding.vectors.tolist() == [[1, 2], [3, 4]]
     assert embedding.billed_tokens == 9
@@ -106,27 +111,33 @@ def test_rows_are_placed_by_index_whatever_their_order():
 
 def test_lists_of_floats_are_read_too():
     content = {"data": [{"index": 0, "embedding": [0.5, 0.25]}], "usage": {"total_tokens": 1}}
-    assert parse_embedding(content, rows=1, dimensions=2).vectors.tolist() == [[0.5, 0.25]]
+    assert parse(content, rows=1, dimensions=2).vectors.tolist() == [[0.5, 0.25]]
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([], "no `data`"),
+        ([], "array"),
         ({"data": [item(0, [1, 2]), item(1, [1, 2])]}, "usage"),
         ({"data": [item(0, [1, 2])], "usage": {"total_tokens": 1}}, "1 vectors for 2 texts"),
         ({"data": [item(0, [1, 2]), item(0, [1, 2])], "usage": {"total_tokens": 1}}, "`index` 0"),
         ({"data": [item(0, [1, 2]), item(2, [1, 2])], "usage": {"total_tokens": 1}}, "`index` 2"),
         ({"data": [item(0, [1, 2]), item(1, [1, 2, 3])], "usage": {"total_tokens": 1}}, "3 dimensions instead of 2"),
         ({"data": [item(0, [1, 2]), {"index": 1, "embedding": "?"}], "usage": {"total_tokens": 1}}, "base64"),
-        ({"data": [item(0, [1, 2]), {"index": 1, "embedding": "YWJj"}], "usage": {"total_tokens": 1}}, "float32"),
-        ({"data": [item(0, [1, 2]), {"index": 1, "embedding": ["x"]}], "usage": {"total_tokens": 1}}, "numbers"),
-        ({"data": [item(0, [1, 2]), {"embedding": "YWJj"}], "usage": {"total_tokens": 1}}, "no `index`"),
+        (
+            {"data": [item(0, [1, 2]), {"index": 1, "embedding": "YWJj"}], "usage": {"total_tokens": 1}},
+            "3 bytes, not float32",
+        ),
+        (
+            {"data": [item(0, [1, 2]), {"index": 1, "embedding": ["x"]}], "usage": {"total_tokens": 1}},
+            "Expected `float`",
+        ),
+        ({"data": [item(0, [1, 2]), {"embedding": "YWJj"}], "usage": {"total_tokens": 1}}, "field `index`"),
     ],
 )
 def test_an_answer_that_was_paid_but_cannot_be_used_is_an_unknown_outcome(content, said):
     with pytest.raises(OutcomeUnknown, match=said):
-        parse_embedding(content, rows=2, dimensions=2)
+        parse(content, rows=2, dimensions=2)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,21 @@ def test_a_marker_that_contradicts_itself_is_refused() -> None:
         Marker.from_bytes(json.dumps(record).encode(), name="x.json")
 
 
+@pytest.mark.parametrize(
+    "job", ["../../evil", "a/b", "", ".", "..", ".hidden", "j" * 101, "a\0b", "a b", "\udcff", "main\n"]
+)
+def test_what_is_no_jobs_name_has_no_key(job: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no job's name") as refused:
+        layout.job_key(job)
+    str(refused.value).encode()
+
+
+def test_jobs_are_found_among_files_that_are_none() -> None:
+    names = ["main.json", "news-2.json", ".DS_Store", "main.json~", "main (copy).json", ".main.json", ".json"]
+    assert layout.job_names(names) == ["main", "news-2"]
+    assert [layout.job_key(job) for job in ("main", "a.b")] == ["jobs/main.json", "jobs/a.b.json"]
+
+
 @given(st.lists(st.integers(0, len(STATUSES) - 1)))
 def test_run_lengths_are_those_of_groupby_and_expand_again(codes: list[int]) -> None:
     statuses = np.array(codes, dtype=np.uint8)

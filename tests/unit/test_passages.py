@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from embedmill.dataset.passages import (
     decode_passages,
     encode_passages,
     passages_table,
+    read_footer,
 )
 from embedmill.documents import Cursor, canonical_json, hash16
 from embedmill.errors import ConfigurationError, CorruptStore
@@ -109,6 +111,35 @@ def test_every_object_damaged_in_one_byte_is_named_or_read_but_never_a_traceback
             refusals.append(str(error))
     assert refusals
     assert all("documents/7" in refusal for refusal in refusals)
+
+
+def test_a_footer_tells_rows_origin_and_about_how_many_bytes_of_text() -> None:
+    texts = [f"passage {row} of some length, ü" * 20 for row in range(300)]
+    rows = [Passage(str(row), text, "{}", 1, hash16(text), hash16("{}")) for row, text in enumerate(texts)]
+    footer = read_footer(io.BytesIO(encode_passages(passages_table(rows, origin=ORIGIN))), name="d")
+    assert (footer.rows, footer.origin) == (300, ORIGIN)
+    assert footer.text_bytes == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.05)
+
+
+def test_a_footer_damaged_in_one_byte_is_named_or_read_but_never_a_traceback() -> None:
+    data = encode_passages(passages_table(SAMPLE, origin=ORIGIN))
+    refusals = []
+    for position in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[position] ^= 0xFF
+        try:
+            read_footer(io.BytesIO(damaged), name="documents/7")
+        except (CorruptStore, ConfigurationError) as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all("documents/7" in refusal for refusal in refusals)
+
+
+def test_the_footer_of_what_is_not_there_or_of_somebody_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorruptStore, match="documents/7 is missing"):
+        read_footer(tmp_path / "7.parquet", name="documents/7")
+    with pytest.raises(CorruptStore, match="documents/7 has no embedmill metadata"):
+        read_footer(io.BytesIO(parquet_with(None)), name="documents/7")
 
 
 def parquet_with(metadata: dict[bytes, bytes] | None) -> bytes:

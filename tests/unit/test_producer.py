@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,10 +11,9 @@ import pytest
 import embedmill
 from embedmill.connection import FAKE_URL, Connection
 from embedmill.errors import ConfigurationError, InputRejected
-from embedmill.inbox import Receipt, inbox_key, receipts_key
+from embedmill.inbox import Receipt
 from embedmill.producer import Producer
-
-STREAM = inbox_key("default", "wiki")
+from tests.producers import STREAM, confirm, documents, has, messages, producer_on, until
 
 
 @pytest.fixture
@@ -23,39 +21,6 @@ async def connection() -> AsyncIterator[Connection]:
     connection = Connection(FAKE_URL)
     yield connection
     await connection.aclose()
-
-
-async def messages(connection: Connection) -> list[dict[str, str]]:
-    return [fields for _, fields in await connection.command("XRANGE", STREAM, "-", "+")]
-
-
-def documents(message: dict[str, str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in message["documents"].split("\n")]
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    with anyio.fail_after(10):
-        while not await condition():  # noqa: ASYNC110
-            await anyio.sleep(0.005)
-
-
-async def has(connection: Connection, count: int) -> bool:
-    return len(await messages(connection)) == count
-
-
-async def confirm(connection: Connection, **counts: int) -> int:
-    """What admission does, in short: take every message away and write its receipt."""
-    entries = await connection.command("XRANGE", STREAM, "-", "+")
-    for id_, fields in entries:
-        receipt = Receipt(fields["key"], **counts).to_json()
-        await connection.command("XADD", receipts_key("default", fields["reply"]), "*", "receipt", receipt)
-        await connection.command("XDEL", STREAM, id_)
-        await connection.command("HDEL", f"{STREAM}:keys", fields["key"])
-    return len(entries)
-
-
-def producer_on(connection: Connection, **options: Any) -> Producer:
-    return Producer(connection, inbox="wiki", **{"linger_s": 60.0, **options})
 
 
 def test_the_package_exports_it() -> None:
@@ -155,6 +120,89 @@ async def test_an_id_that_is_on_its_way_is_not_sent_again_before_its_receipt(con
             await until(lambda: has(connection, 1))
             assert [documents(message)[0]["text"] for message in await messages(connection)] == ["new"]
             await confirm(connection)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda producer: producer.delete("D"), {"id": "D", "deleted": True}),
+        (lambda producer: producer.add("D", "whole"), {"id": "D", "text": "whole"}),
+        (lambda producer: producer.add("D#0", "new", group="D"), {"id": "D#0", "text": "new", "group": "D"}),
+        (
+            lambda producer: producer.add_batch([{"id": "D", "deleted": True}, {"id": "x", "text": "t"}], key="k"),
+            {"id": "D", "deleted": True},
+        ),
+    ],
+)
+async def test_a_document_waits_for_the_receipts_of_all_batches_that_have_passages_of_it(
+    connection: Connection, change: Callable[[Producer], Awaitable[None]], line: dict[str, Any]
+) -> None:
+    """Also when the later of these batches is confirmed first: the earlier one may be lost, and pushed again."""
+    async with anyio.create_task_group() as group, producer_on(connection, batch_documents=1) as producer:
+        with anyio.fail_after(5):
+            await producer.add("D#0", "old 0", group="D", last=False)
+            await producer.add("D#1", "old 1", group="D")
+        await until(lambda: has(connection, 2))
+        await confirm(connection, which=slice(1, 2))
+        await until(lambda: batches_done(producer, 1))
+        group.start_soon(change, producer)
+        await anyio.wait_all_tasks_blocked()
+        await anyio.sleep(0.05)
+        assert [documents(message)[0]["text"] for message in await messages(connection)] == ["old 0"]
+        await confirm(connection)
+        await until(lambda: has(connection, 1))
+        assert documents((await messages(connection))[0])[0] == line
+        await confirm(connection)
+
+
+async def batches_done(producer: Producer, count: int) -> bool:
+    return producer.receipts.batches == count
+
+
+async def test_batches_that_go_on_with_a_document_do_not_wait_for_its_receipts(connection: Connection) -> None:
+    def part(*numbers: int, last: bool = False) -> list[dict[str, Any]]:
+        return [{"id": f"D#{n}", "text": f"{n}", "group": "D", "last": last} for n in numbers]
+
+    with anyio.fail_after(5):
+        async with producer_on(connection, batch_documents=1) as producer:
+            await producer.add_batch(part(0, 1), key="k1")
+            await producer.add_batch(part(2, 3), key="k2")
+            await producer.add("D#4", "4", group="D", last=False)
+            await producer.add("D#5", "5", group="D")
+            await until(lambda: has(connection, 4))
+            await confirm(connection)
+
+
+@pytest.mark.parametrize(
+    ("added", "refused", "expected"),
+    [
+        ([], 1, 0),
+        ([(0, False)], 2, 1),
+        ([(0, False), (1, False)], 1, 2),
+        ([(0, False), (1, True)], 2, 0),
+    ],
+)
+async def test_passages_are_added_in_their_order_and_the_refusal_names_the_next_one(
+    connection: Connection, added: list[tuple[int, bool]], refused: int, expected: int
+) -> None:
+    async with producer_on(connection, confirm=False) as producer:
+        for number, last in added:
+            await producer.add(f"D#{number}", "t", group="D", last=last)
+            await producer.add("E#0", "t", group="E")
+        with pytest.raises(InputRejected, match=f"'D#{refused}' cannot be pushed: .* next one is D#{expected}$"):
+            await producer.add(f"D#{refused}", "t", group="D")
+        await producer.add(f"D#{expected}", "t", group="D")
+        await producer.add("D#0", "begun anew", group="D")
+
+
+async def test_a_passage_with_an_id_of_its_own_is_refused_before_a_border_between_batches_can_lose_it(
+    connection: Connection,
+) -> None:
+    async with producer_on(connection, confirm=False, batch_documents=2) as producer:
+        for id_ in "abc":
+            with pytest.raises(InputRejected, match="GROUP#0"):
+                await producer.add(id_, "text", group="D", last=id_ == "c")
+    assert await has(connection, 0)
 
 
 async def test_what_the_server_lost_is_pushed_again_under_the_same_key_and_what_waits_is_not(

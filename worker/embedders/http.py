@@ -6,6 +6,7 @@ that: a connection that never stood is `Overloaded`, one that was lost after sen
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 from collections.abc import Mapping
@@ -21,16 +22,27 @@ from embedmill.errors import ConfigurationError, OutcomeUnknown, Overloaded
 
 ATTEMPT_TIMEOUT_S = 120.0
 _EXCERPT_CHARS = 300
+_WRITTEN_AT_ONCE_BYTES = 2**20
+# An answer of 512 vectors is some megabytes: with aiohttp's 64 KiB, reading it would stop and start dozens of times.
+_READ_BUFFER_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, read to its end. content: the parsed JSON, or None where a failure's body is not JSON."""
+    """What came back, read to its end. excerpt: the start of a failure's body, for people."""
 
     status: int
     headers: Mapping[str, str]
-    content: object
-    excerpt: str
+    body: bytes
+    excerpt: str = ""
+
+    @property
+    def content(self) -> object:
+        """The parsed JSON, None where the body is not JSON."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            return None
 
 
 class HttpClient:
@@ -71,34 +83,43 @@ class HttpClient:
                 await session.close()
 
     async def _exchange(self, url: str, data: bytes) -> Answer:
-        async with self._opened().post(url, data=data, allow_redirects=False) as response:
-            raw = await response.read()
-            return self._parse(response.status, dict(response.headers), raw)
+        # aiohttp writes bytes at once, and warns of that where they are many; a file it writes piece by piece.
+        content = data if len(data) <= _WRITTEN_AT_ONCE_BYTES else io.BytesIO(data)
+        async with self._opened().post(url, data=content, allow_redirects=False) as response:
+            body = await response.read()
+            return self._answer(response.status, dict(response.headers), body)
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
-            headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "embedmill"}
+            headers = {
+                "Content-Type": "application/json",
+                "Accept": "application/json",
+                # Vectors hardly shrink, and inflating them would cost several times what decoding them does.
+                "Accept-Encoding": "identity",
+                "User-Agent": "embedmill",
+            }
             if self._secret:
                 headers["Authorization"] = f"Bearer {self._secret}"
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60),
                 headers=headers,
+                read_bufsize=_READ_BUFFER_BYTES,
                 trust_env=not _is_loopback(self.api_base),
             )
         return self._session
 
-    def _parse(self, status: int, headers: Mapping[str, str], raw: bytes) -> Answer:
-        excerpt = " ".join(raw[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace").split())[:_EXCERPT_CHARS]
-        if self._secret:
-            excerpt = excerpt.replace(self._secret, "***")
-        try:
-            content = json.loads(raw)
-        except ValueError as error:
-            if status == 200:
-                raise OutcomeUnknown(f"{self.api_base} answered 200 with what is not JSON: {excerpt!r}") from error
-            content = None
-        return Answer(status, headers, content, excerpt)
+    def _answer(self, status: int, headers: Mapping[str, str], body: bytes) -> Answer:
+        if status != 200:
+            return Answer(status, headers, body, self._excerpt(body))
+        # A page of a proxy. Whether the rest is the JSON that was asked for is the caller's to find out.
+        if body[:16].lstrip()[:1] not in (b"{", b"["):
+            raise OutcomeUnknown(f"{self.api_base} answered 200 with what is not JSON: {self._excerpt(body)!r}")
+        return Answer(status, headers, body)
+
+    def _excerpt(self, body: bytes) -> str:
+        excerpt = " ".join(body[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace").split())[:_EXCERPT_CHARS]
+        return excerpt.replace(self._secret, "***") if self._secret else excerpt
 
 
 def check_api_base(url: str) -> str:

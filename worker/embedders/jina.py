@@ -6,14 +6,14 @@ Rows are placed by their `index`, never by their order. An answer that was paid 
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,7 +28,7 @@ from embedmill.errors import (
     Overloaded,
     RateLimited,
 )
-from embedmill.models import find_model
+from embedmill.models import EmbeddingType, find_model
 from embedmill.token_estimates import TokenEstimator
 
 from .http import ATTEMPT_TIMEOUT_S, Answer, HttpClient, retry_after_s
@@ -50,15 +50,25 @@ _LIMIT_CODES = {
 }
 _LIMIT_WORDS = {"request rate": "requests", "token rate": "tokens", "concurrency": "concurrency", "ip rate": "address"}
 _CURRENT_OF_ALLOWED = re.compile(r"exceeded: *\d[\d,]*/(\d[\d,]*) +(?:requests|tokens|concurrent)")
+_FLOATS: np.dtype[Any] = np.dtype("<f4")
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "base64": _FLOATS,
+    "float": _FLOATS,
+    "binary": np.dtype(np.int8),
+    "ubinary": np.dtype(np.uint8),
+}
 _SETTINGS = frozenset({"model", "task", "dimensions", "embedding_type", "late_chunking", "truncate", "normalized"})
 
 
 class JinaEmbedder:
     """One model of Jina's, with one key.
 
-    task: overrides what is sent for documents, see `ProviderModel.tasks_by_role`; tokens_per_minute: the key's limit, so
-    that one request stays a small part of it; concurrency: requests in flight.
-    Raises ConfigurationError for a model, size, task or address that cannot work.
+    task: overrides what is sent for documents, see `ProviderModel.tasks_by_role`; late_chunking: a document request is one
+    document, whose passages know of each other; embedding_type: how vectors travel, and what they are, see `EmbeddingType`;
+    normalized: None for unit length where the model leaves a choice; truncate: whether longer texts are cut or refused
+    (None: cut, but with late chunking); tokens_per_minute: the key's limit, so that one request stays a small part of it;
+    concurrency: requests in flight.
+    Raises ConfigurationError for a model, address or combination that cannot work; nothing is sent before.
     """
 
     def __init__(
@@ -70,15 +80,24 @@ class JinaEmbedder:
         dimensions: int | None = None,
         task: str | None = None,
         late_chunking: bool = False,
+        embedding_type: str = "base64",
+        normalized: bool | None = None,
+        truncate: bool | None = None,
         concurrency: int = 2,
         tokens_per_minute: int | None = None,
         attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
     ) -> None:
         self._model = find_model(model)
-        if late_chunking and not self._model.late_chunking_tokens:
-            raise ConfigurationError(f"{model} has no late chunking: leave it out, or take jina/jina-embeddings-v3")
+        self._model.check_late_chunking(late_chunking)
+        if late_chunking and truncate:
+            raise ConfigurationError(
+                "truncate would drop whole passages off the end of a late-chunking request: leave truncate out"
+            )
         self._late_chunking = late_chunking
+        self._truncate = truncate
         self._dimensions = self._model.check_dimensions(dimensions)
+        self._embedding_type = self._model.check_embedding_type(embedding_type, dimensions=self._dimensions)
+        self._normalized = self._model.check_normalized(normalized)
         document_task, query_task = self._model.tasks_by_role(task)
         self._tasks: dict[Role, str | None] = {"document": document_task, "query": query_task}
         self.estimator = TokenEstimator()
@@ -88,7 +107,7 @@ class JinaEmbedder:
             model=model,
             dimensions=self._dimensions,
             max_input_tokens=self._model.max_input_tokens,
-            options={"task": document_task, "late_chunking": late_chunking, "truncate": not late_chunking},
+            options=self._options(document_task),
         )
         self.limits = BatchLimits(
             max_inputs=MAX_INPUTS,
@@ -106,7 +125,9 @@ class JinaEmbedder:
         answer = await self._http.post_json("embeddings", self.request_body(texts, role=role))
         if answer.status != 200:
             raise error_for(answer)
-        embedding = parse_embedding(answer.content, rows=len(texts), dimensions=self._dimensions)
+        embedding = parse_embedding(
+            answer.body, rows=len(texts), dimensions=self._dimensions, embedding_type=self._embedding_type
+        )
         self._learn(texts, embedding.billed_tokens)
         return embedding
 
@@ -115,17 +136,30 @@ class JinaEmbedder:
 
     def request_body(self, texts: Sequence[str], *, role: Role = "document") -> dict[str, object]:
         """Only the fields that this model's schema declares."""
-        # Cutting a late-chunking request would drop whole passages of its tail without a word.
+        late_chunking = self._late_chunking and role == "document"
         wanted: dict[str, object] = {
             "task": self._tasks[role],
             "dimensions": self._dimensions,
-            "late_chunking": self._late_chunking and role == "document",
-            "truncate": not (self._late_chunking and role == "document"),
-            "normalized": True,
-            "embedding_type": "base64",
+            "late_chunking": late_chunking,
+            "truncate": not late_chunking if self._truncate is None else self._truncate,
+            "normalized": self._normalized,
+            "embedding_type": self._embedding_type,
         }
         fields = {name: value for name, value in wanted.items() if name in self._model.fields and value is not None}
         return {"model": self._model.wire_name, "input": list(texts), **fields}
+
+    def _options(self, task: str | None) -> dict[str, str | int | bool | None]:
+        """Of what changes vectors, what is not at its default stands in no older fingerprint."""
+        options: dict[str, str | int | bool | None] = {
+            "task": task,
+            "late_chunking": self._late_chunking,
+            "truncate": not self._late_chunking if self._truncate is None else self._truncate,
+        }
+        if self._normalized is False:
+            options["normalized"] = False
+        if self._embedding_type in ("binary", "ubinary"):
+            options["embedding_type"] = self._embedding_type
+        return options
 
     def _learn(self, texts: Sequence[str], billed_tokens: int) -> None:
         """From every bill at first; later every eighth teaches enough, and counting characters costs time."""
@@ -163,24 +197,67 @@ def key_from_environment(environment: Mapping[str, str] | None = None) -> str:
     return _checked_key(key)
 
 
-def parse_embedding(content: object, *, rows: int, dimensions: int) -> Embedding:
-    """The answer to `rows` texts. Raises OutcomeUnknown for anything that is not exactly that."""
-    match content:
-        case {"data": list(data), "usage": {"total_tokens": int(billed)}} if billed >= 0:
-            pass
-        case _:
-            raise OutcomeUnknown("the answer has no `data` list or no `usage.total_tokens`")
+class _Usage(msgspec.Struct):
+    total_tokens: int
+
+
+class _Item(msgspec.Struct):
+    """embedding: what base64 stood for, or numbers."""
+
+    index: int
+    embedding: bytes | list[float]
+
+
+class _Vectors(msgspec.Struct):
+    data: list[_Item]
+    usage: _Usage
+
+
+_VECTORS = msgspec.json.Decoder(_Vectors)
+
+
+def parse_embedding(body: bytes, *, rows: int, dimensions: int, embedding_type: EmbeddingType = "base64") -> Embedding:
+    """The answer to `rows` texts; numbers are read where base64 was asked for, and the reverse.
+
+    Raises OutcomeUnknown for anything that is not exactly that.
+    """
+    try:
+        answer = _VECTORS.decode(body)
+    except msgspec.MsgspecError as error:
+        raise OutcomeUnknown(f"the answer is not what Jina's API promises: {error}") from error
+    data, billed = answer.data, answer.usage.total_tokens
+    if billed < 0:
+        raise OutcomeUnknown(f"the answer says that {billed} tokens were billed")
     if len(data) != rows:
         raise OutcomeUnknown(f"the answer has {len(data)} vectors for {rows} texts")
-    vectors = np.empty((rows, dimensions), dtype=np.float32)
-    placed = [False] * rows
+    dtype = _DTYPES[embedding_type]
+    per_column = 1 if dtype is _FLOATS else 8
+    row_bytes = dimensions // per_column * dtype.itemsize
+    placed: list[bytes | None] = [None] * rows
     for item in data:
-        index, vector = _indexed_vector(item, dimensions=dimensions)
-        if not 0 <= index < rows or placed[index]:
+        index, vector = item.index, item.embedding
+        if isinstance(vector, list):
+            vector = _packed(vector, dtype, index=index)
+        if len(vector) != row_bytes:
+            columns, odd = divmod(len(vector), dtype.itemsize)
+            found = f"{len(vector)} bytes, not {dtype.name}" if odd else f"{columns * per_column} dimensions"
+            raise OutcomeUnknown(f"vector {index} has {found} instead of {dimensions}")
+        if not 0 <= index < rows or placed[index] is not None:
             raise OutcomeUnknown(f"the answer has a second or impossible `index` {index} for {rows} texts")
-        vectors[index] = vector
-        placed[index] = True
-    return Embedding(vectors=vectors, billed_tokens=billed)
+        placed[index] = vector
+    # Joined into memory that may be written to.
+    whole = bytearray().join(cast("list[bytes]", placed))
+    vectors = np.frombuffer(whole, dtype).reshape(rows, row_bytes // dtype.itemsize)
+    return Embedding(vectors=cast("NDArray[np.float32]", vectors), billed_tokens=billed)
+
+
+def _packed(numbers: list[float], dtype: np.dtype[Any], *, index: int) -> bytes:
+    vector = np.asarray(numbers)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast_to = vector.astype(dtype)
+    if dtype is not _FLOATS and not np.array_equal(cast_to, vector):
+        raise OutcomeUnknown(f"vector {index} has numbers that are not {dtype.name}")
+    return cast_to.tobytes()
 
 
 def error_for(answer: Answer) -> EmbedmillError:
@@ -216,25 +293,6 @@ def _checked_key(key: str) -> str:
     if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
         raise ConfigurationError("the Jina API key is empty or has characters that no key has: set JINA_API_KEY again")
     return stripped
-
-
-def _indexed_vector(item: Any, *, dimensions: int) -> tuple[int, NDArray[np.float32]]:
-    match item:
-        case {"index": int(index), "embedding": str(encoded)}:
-            try:
-                vector = np.frombuffer(base64.b64decode(encoded, validate=True), dtype="<f4")
-            except ValueError as error:
-                raise OutcomeUnknown(f"vector {index} is not base64 of float32: {error}") from error
-        case {"index": int(index), "embedding": list(numbers)}:
-            try:
-                vector = np.asarray(numbers, dtype="<f4")
-            except (TypeError, ValueError) as error:
-                raise OutcomeUnknown(f"vector {index} is not a list of numbers") from error
-        case _:
-            raise OutcomeUnknown("an item of `data` has no `index` or no `embedding`")
-    if vector.shape != (dimensions,):
-        raise OutcomeUnknown(f"vector {index} has {vector.size} dimensions instead of {dimensions}")
-    return index, vector
 
 
 def _rate_limited(said: str, *, code: str, headers: Mapping[str, str]) -> RateLimited:

@@ -1,0 +1,294 @@
+"""Texts to vectors from Python, without a queue or a dataset: the worker's client with a face for people.
+
+`AsyncJinaEmbedding` is for programs with an event loop, `JinaEmbedding` for those without; their methods are those of
+pymilvus' `JinaEmbeddingFunction`. Requests are packed, paced, retried and checked like a worker's. What cannot be embedded
+raises, and then nothing is returned: there are no dead letters here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import anyio
+import numpy as np
+from anyio import to_thread
+from numpy.typing import NDArray
+
+from embedmill.connection import FAKE_URL, Connection
+from embedmill.embedder import Embedding, Role
+from embedmill.errors import ConfigurationError, EmbedmillError, InputRejected, OutcomeUnknown
+from embedmill.models import find_tier
+from scheduler.budget import Budget, RequestBudget, Unlimited, key_id
+
+from .attempts import embed_batch
+from .embedders.jina import API_BASE, JinaEmbedder, key_from_environment
+from .gate import inspect
+from .packing import pack
+
+Vectors = NDArray[np.float32] | NDArray[np.int8] | NDArray[np.uint8]
+_T = TypeVar("_T")
+_UNPACED_CONCURRENCY = 4
+_CLOSE_WITHIN_S = 5.0
+
+
+class JinaOptions(TypedDict, total=False):
+    """How `AsyncJinaEmbedding` and `JinaEmbedding` are made, beside the model's name.
+
+    api_key: else JINA_API_KEY, or the file that JINA_API_KEY_FILE names; task: see `ProviderModel.tasks_by_role`;
+    dimensions, late_chunking, embedding_type, normalized, truncate: see `JinaEmbedder`; tier: the key's plan, which paces
+    requests (without one, refusals are waited out); concurrency: requests in flight (the tier's, else 4); redis, namespace:
+    the budget is the one that workers with this key share there, else this object's own; api_base: the API up to its
+    version.
+    """
+
+    api_key: str | None
+    task: str | None
+    dimensions: int | None
+    late_chunking: bool
+    embedding_type: str
+    normalized: bool | None
+    truncate: bool | None
+    tier: str | None
+    concurrency: int | None
+    redis: str | None
+    namespace: str
+    api_base: str
+
+
+class AsyncJinaEmbedding:
+    """One model of Jina's, used from one event loop. Close it with `aclose`, or use it as an async context.
+
+    billed_tokens: what the provider has counted so far, in answers that were used.
+    Raises ConfigurationError for options that cannot work together; nothing is sent before `encode_*`.
+    """
+
+    def __init__(self, model_name: str = "jina-embeddings-v3", **options: Unpack[JinaOptions]) -> None:
+        if unknown := options.keys() - JinaOptions.__annotations__.keys():
+            known = ", ".join(JinaOptions.__annotations__)
+            raise ConfigurationError(f"no option {', '.join(sorted(unknown))}: choose from {known}")
+        key = options.get("api_key") or key_from_environment()
+        plan = options.get("tier")
+        tier = find_tier(plan) if plan else None
+        concurrency = options.get("concurrency") or (tier.concurrency if tier else _UNPACED_CONCURRENCY)
+        self._embedder = _CheckedJinaEmbedder(
+            f"jina/{model_name.removeprefix('jina/')}",
+            key=key,
+            api_base=options.get("api_base", API_BASE),
+            dimensions=options.get("dimensions"),
+            task=options.get("task"),
+            late_chunking=options.get("late_chunking", False),
+            embedding_type=options.get("embedding_type", "base64"),
+            normalized=options.get("normalized"),
+            truncate=options.get("truncate"),
+            concurrency=concurrency,
+            tokens_per_minute=tier.tokens if tier else None,
+        )
+        self._connection: Connection | None = None
+        self._budget: RequestBudget = Unlimited()
+        if tier is not None:
+            self._connection = Connection(options.get("redis") or FAKE_URL)
+            self._budget = Budget(
+                self._connection,
+                namespace=options.get("namespace", "default"),
+                key_id=key_id("jina", key),
+                rpm=tier.requests,
+                tpm=tier.tokens,
+                concurrency=concurrency,
+            )
+        elif options.get("redis"):
+            raise ConfigurationError("redis shares the budget of a tier: say tier='free', 'paid' or 'premium', too")
+        self.billed_tokens = 0
+
+    @property
+    def dim(self) -> int:
+        """The length of a vector, in dimensions; also where eight of them are packed into a byte."""
+        return self._embedder.spec.dimensions
+
+    async def encode_documents(self, texts: Sequence[str]) -> Vectors:
+        """(n, dim) float32, row i belongs to texts[i]; for `binary` (n, dim / 8) int8, for `ubinary` (n, dim / 8) uint8.
+
+        With late chunking, `texts` are the passages of one document; one that is too long for one request goes in several,
+        split between passages.
+
+        Raises InputRejected, InvalidKey, NoBalance and ConfigurationError at once, TransientError after the retries. What
+        other requests of the same call had been answered is lost then. Cancelling abandons requests in flight.
+        """
+        return await self._encode(texts, "document")
+
+    async def encode_queries(self, texts: Sequence[str]) -> Vectors:
+        """As `encode_documents`, in the role of queries. Late chunking does not concern them."""
+        return await self._encode(texts, "query")
+
+    async def __call__(self, texts: Sequence[str]) -> Vectors:
+        return await self._encode(texts, "document")
+
+    async def aclose(self) -> None:
+        await self._embedder.aclose()
+        if self._connection is not None:
+            await self._connection.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        await self.aclose()
+
+    async def _encode(self, texts: Sequence[str], role: Role) -> Vectors:
+        texts = _checked_texts(texts)
+        # Queries are not late-chunked, but the smaller requests do no harm.
+        tokens = await to_thread.run_sync(self._embedder.estimate_tokens, texts) if texts else []
+        vectors: Vectors | None = None
+        trouble: EmbedmillError | None = None
+
+        async def work(waiting: Iterator[list[int]]) -> None:
+            nonlocal trouble, vectors
+            for rows in waiting:
+                try:
+                    found = await self._send([texts[row] for row in rows], sum(tokens[row] for row in rows), role, rows)
+                except EmbedmillError as error:
+                    trouble = trouble or error
+                    requests.cancel_scope.cancel()
+                    return
+                if vectors is None:
+                    vectors = np.empty((len(texts), found.shape[1]), found.dtype)
+                vectors[rows[0] : rows[-1] + 1] = found
+
+        waiting = iter(pack(tokens, limits=self._embedder.limits))
+        async with anyio.create_task_group() as keeping:
+            keeping.start_soon(self._budget.keep_alive)
+            async with anyio.create_task_group() as requests:
+                for _ in range(self._embedder.limits.concurrency):
+                    requests.start_soon(work, waiting)
+            keeping.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
+        return self._embedder.no_vectors() if vectors is None else vectors
+
+    async def _send(self, texts: list[str], est_tokens: int, role: Role, rows: list[int]) -> Vectors:
+        try:
+            embedding = await embed_batch(
+                self._embedder, texts, budget=self._budget, role=role, est_tokens=max(1, est_tokens)
+            )
+        except InputRejected as error:
+            place = f"text {rows[0]}" if len(rows) == 1 else f"one of the texts {rows[0]} to {rows[-1]}"
+            raise type(error)(f"{place}: {error}") from error
+        self.billed_tokens += embedding.billed_tokens
+        return embedding.vectors
+
+
+class JinaEmbedding:
+    """`AsyncJinaEmbedding` for programs without an event loop, and for notebooks: the same methods, blocking.
+
+    Its requests run in a thread of its own, which `close`, the end of a `with`, or the end of the program ends. It may be
+    used from several threads.
+    """
+
+    def __init__(self, model_name: str = "jina-embeddings-v3", **options: Unpack[JinaOptions]) -> None:
+        self._encoder = AsyncJinaEmbedding(model_name, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="embedmill-jina", daemon=True)
+        self._thread.start()
+        self._close = weakref.finalize(self, _end_loop, self._loop, self._thread, self._encoder)
+
+    @property
+    def dim(self) -> int:
+        """See `AsyncJinaEmbedding.dim`. Known without asking the API."""
+        return self._encoder.dim
+
+    @property
+    def billed_tokens(self) -> int:
+        return self._encoder.billed_tokens
+
+    def encode_documents(self, texts: Sequence[str]) -> Vectors:
+        """See `AsyncJinaEmbedding.encode_documents`."""
+        return self._wait_for(self._encoder.encode_documents, texts)
+
+    def encode_queries(self, texts: Sequence[str]) -> Vectors:
+        """See `AsyncJinaEmbedding.encode_queries`."""
+        return self._wait_for(self._encoder.encode_queries, texts)
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        return self.encode_documents(texts)
+
+    def close(self) -> None:
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _wait_for(self, encode: Callable[[Sequence[str]], Coroutine[Any, Any, _T]], texts: Sequence[str]) -> _T:
+        if not self._close.alive:
+            raise ConfigurationError("this JinaEmbedding is closed: make a new one")
+        answer = asyncio.run_coroutine_threadsafe(encode(texts), self._loop)
+        try:
+            return answer.result()
+        except BaseException:
+            # Ctrl-C ends the waiting here, and the requests there.
+            answer.cancel()
+            raise
+
+
+class _CheckedJinaEmbedder(JinaEmbedder):
+    """Answers that the worker's gate would not let pass are failures, so that the one place of retries sees them."""
+
+    async def embed(self, texts: Sequence[str], *, role: Role = "document") -> Embedding:
+        embedding = await super().embed(texts, role=role)
+        if self.spec.packs_bits:
+            return embedding
+        report = inspect(embedding.vectors, texts, dimensions=self.spec.dimensions)
+        if report.bad:
+            row, cause = next(iter(report.bad.items()))
+            raise OutcomeUnknown(f"the answer cannot be used: {cause} (text {row} of {len(texts)} in its request)")
+        # Texts that were all cut may differ only behind the cut.
+        if report.alike and min(map(len, texts)) < self.spec.max_input_tokens:
+            raise OutcomeUnknown(f"the answer cannot be used: {len(set(texts))} different texts got one vector")
+        return embedding
+
+    def no_vectors(self) -> Vectors:
+        """What no texts make."""
+        match self.spec.options.get("embedding_type"):
+            case "binary":
+                return np.empty((0, self.spec.dimensions // 8), np.int8)
+            case "ubinary":
+                return np.empty((0, self.spec.dimensions // 8), np.uint8)
+            case _:
+                return np.empty((0, self.spec.dimensions), np.float32)
+
+
+def _checked_texts(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise ConfigurationError("texts is one string, and a list of strings is needed: put it into brackets")
+    checked = list(texts)
+    for position, text in enumerate(checked):
+        if not isinstance(text, str):
+            raise ConfigurationError(f"text {position} is of type {type(text).__name__}, and not a string")
+    return checked
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, encoder: AsyncJinaEmbedding) -> None:
+    async def end() -> None:
+        with suppress(Exception):
+            await encoder.aclose()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
+    # The garbage collector may come by in that thread itself.
+    if thread is not threading.current_thread():
+        thread.join(_CLOSE_WITHIN_S)
