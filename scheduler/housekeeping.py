@@ -6,7 +6,7 @@ import logging
 import time
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.layout import CHECKPOINTS_FOLDER, checkpoints_folder, numbers
+from embedmill.dataset.layout import CHECKPOINTS_FOLDER, checkpoints_folder, commit_key, numbers
 from embedmill.dataset.store import LocalStore
 
 _TEMPORARIES_EVERY_S = 600.0
@@ -29,7 +29,8 @@ class Housekeeping:
         """
         store = self._dataset.store
         for shard in numbers(store.names(CHECKPOINTS_FOLDER), suffix=""):
-            if self._dataset.marker(shard) is not None:
+            # Not the marker that is remembered: a shard whose marker was put aside is owed again.
+            if store.exists(commit_key(shard)):
                 folder = checkpoints_folder(shard)
                 for name in store.names(folder):
                     store.delete(f"{folder}/{name}")

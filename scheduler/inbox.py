@@ -21,7 +21,7 @@ from embedmill.dataset.dataset import Dataset, now_iso
 from embedmill.dataset.index import DatasetIndex
 from embedmill.dataset.layout import Job
 from embedmill.documents import Cursor, Reject, SourceDocument
-from embedmill.errors import EmbedmillError
+from embedmill.errors import ConfigurationError, EmbedmillError
 from embedmill.failpoints import afailpoint
 from embedmill.inbox import INBOX_VERSION, InboxMessage, Receipt, check_inbox_name, inbox_key, read_message
 from embedmill.messages import Task
@@ -43,6 +43,7 @@ _OPEN_JOBS = 4
 _OPEN_BYTES = 128 * 1024 * 1024
 _POLL_S = 5.0
 _TROUBLE_S = 5.0
+_CLAIM_EVERY_S, _CLAIM_MS = 5.0, 20_000
 _CANCELLED = "the job {} was cancelled: resume it, or push under another job"
 
 
@@ -91,17 +92,21 @@ class InboxAdmission:
         self._filling: dict[str, _Filling] = {}
         self._held: dict[str, InboxMessage] = {}
         self._behind = ""
+        self._claimed_at = float("-inf")
         self.counts = InboxCounts()
 
     async def run(self, stopping: anyio.Event) -> None:
         """Admit what comes, until `stopping` is set. Trouble is logged, and everything not admitted is read again."""
+        said = ""
         while not stopping.is_set():
             try:
                 index = await to_thread.run_sync(self._dataset.open_index)
                 with closing(index):
                     await self._admit_until(stopping, index)
             except EmbedmillError as error:
-                _log.warning("inbox %s: %s; what is in it stays there until that is over", self._name, error)
+                if said != str(error):
+                    said = str(error)
+                    _log.warning("inbox %s: %s; what is in it stays there until that is over", self._name, error)
             except (OSError, RuntimeError, ValueError):
                 _log.exception("inbox %s: unforeseen trouble; going on with what is still in it", self._name)
             else:
@@ -120,12 +125,26 @@ class InboxAdmission:
     async def _admit_until(self, stopping: anyio.Event, index: DatasetIndex) -> None:
         self._start(index)
         while not stopping.is_set():
+            await self._claim()
             more = await self._read_block()
             now = anyio.current_time()
             for job in [job for job, filling in self._filling.items() if self._ends_at(filling) <= now]:
                 await self._close(job)
             if not more:
                 await self._wait(stopping)
+
+    async def _claim(self) -> None:
+        """Raises ConfigurationError when the inbox is admitted into another dataset: it would get a part of it each."""
+        now = anyio.current_time()
+        if now - self._claimed_at < _CLAIM_EVERY_S:
+            return
+        words = [self._name, self._dataset.info.id, self._dataset.url, _CLAIM_MS]
+        other = await self._connection.script("scheduler/claim", [self._prefix], words)
+        if other:
+            raise ConfigurationError(
+                f"another scheduler admits this inbox into {other}: give one of the datasets another name, as NAME=DATASET"
+            )
+        self._claimed_at = now
 
     def _start(self, index: DatasetIndex) -> None:
         self._index, self._filling, self._held, self._behind = index, {}, {}, ""

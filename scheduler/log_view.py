@@ -99,7 +99,7 @@ class LogView:
             table, origin = self._dataset.documents(shard, columns=["id"])
             if not any(source.push_key.partition(".")[0] == push_key for source in origin.sources):
                 continue
-            ids: list[str] = table["id"].to_pylist()
+            ids = [str(id_) for id_ in table["id"].to_pylist()]
             given_up = {ids[row]: int(row) for row in np.flatnonzero(marker.statuses == CANCELLED)}
             newest = self._index.newest(list(given_up))
             if any((newest[id_].shard, newest[id_].row) == (shard, row) for id_, row in given_up.items()):

@@ -87,8 +87,8 @@ class WorkerReport:
 
 
 class Queue:
-    """The queue of one namespace. Every method is atomic and may be repeated without harm, but for `lease`: a lease whose
-    reply was lost comes back when it expires.
+    """The queue of one namespace. Every method may be repeated without harm, but for `lease`: a lease whose reply was lost
+    comes back when it expires, with a delivery more. All are atomic, but for `forget` and `clear`, which work in blocks.
 
     bulk_patience_s: bulk is served at least this often, however much live there is.
     """
@@ -130,7 +130,7 @@ class Queue:
         ]
 
     async def extend(self, leases: Sequence[Lease], *, progressed: Iterable[str] = ()) -> Extended:
-        """Keep leases alive. `progressed`: ids of tasks whose checkpoint grew."""
+        """Keep leases alive. `progressed`: ids of tasks whose checkpoint grew. What others let expire comes back."""
         grown = set(progressed)
         triples = [part for held in leases for part in (held.task.id, held.epoch, int(held.task.id in grown))]
         lost, halted = await self._script("extend", [int(self.lease_s * 1000), *triples])
@@ -151,11 +151,12 @@ class Queue:
         return list(await self._script("unknown", list(ids))) if ids else []
 
     async def release(self, lease: Lease) -> bool:
-        """Hand back at once, as if it had never been taken. False when the lease is lost."""
+        """Hand back at once, as if it had never been taken: its job is not charged. False when the lease is lost."""
         return bool(await self._script("give_back", [lease.task.id, lease.epoch, 0, 0]))
 
     async def retry(self, lease: Lease, *, delay_s: float, counted: bool = True) -> bool:
-        """Hand back for later; not counted: what was not tried spends no attempt. False when the lease is lost."""
+        """Hand back for later; not counted: what was not tried spends no attempt. The turn is used. False when the lease is
+        lost."""
         arguments = [lease.task.id, lease.epoch, max(1, int(delay_s * 1000)), int(counted)]
         return bool(await self._script("give_back", arguments))
 
@@ -168,12 +169,21 @@ class Queue:
         return bool(await self._script("pause", [job_key(dataset_id, job), 0]))
 
     async def forget(self, dataset_id: str, job: str) -> int:
-        """Remove a job with all its tasks, whose holders lose their leases; how many there were."""
-        return int(await self._script("forget", [job_key(dataset_id, job), 0]))
+        """Remove a job with all its tasks, whose holders lose their leases; how many there were.
+
+        It is paused from the first block on. Cancelled in between, it stays so, with the tasks that are left.
+        """
+        removed, place, cursor = 0, "leased", "0"
+        while place:
+            count, place, cursor = await self._script("forget", [job_key(dataset_id, job), 0, place, cursor])
+            removed += int(count)
+        return removed
 
     async def forget_idle(self, dataset_id: str, job: str, *, idle_s: float) -> bool:
         """Remove the record and the dead letters of a job that has had no task for so long; False when it has not."""
-        return int(await self._script("forget", [job_key(dataset_id, job), max(1, int(idle_s * 1000))])) >= 0
+        arguments = [job_key(dataset_id, job), max(1, int(idle_s * 1000)), "ready", "0"]
+        removed, _, _ = await self._script("forget", arguments)
+        return int(removed) >= 0
 
     async def forget_dead(self, dataset_id: str, job: str, keys: Sequence[str]) -> None:
         """Drop dead letters, by `DeadLetter.key`: they were retried, or somebody has seen to them."""
@@ -209,7 +219,11 @@ class Queue:
 
     async def clear(self) -> int:
         """Forget every task, lease and dead letter: for a queue with one owner, which rebuilds it from the dataset."""
-        return int(await self._script("clear"))
+        forgotten, more = 0, 1
+        while more:
+            count, more = await self._script("clear")
+            forgotten += int(count)
+        return forgotten
 
     async def wait_for_work(self, after: str, *, timeout_s: float) -> str:
         """Sleep until tasks were added after the wake-up `after` (start with "0"), at most `timeout_s`."""

@@ -44,14 +44,12 @@ def owed_by_running_jobs(dataset: Dataset) -> list[int]:
 def make_tasks(dataset: Dataset, shards: list[int]) -> list[Task]:
     """The tasks of these shards, in the lanes of their jobs. Blocking."""
     jobs = {job.id: job for job in dataset.jobs()} if shards else {}
-    tasks = []
+    info, tasks = dataset.info, []
     for shard in shards:
-        table, origin = dataset.documents(shard, columns=["text"])
-        lane = jobs.get(origin.job, Job(origin.job)).lane
-        fingerprint = dataset.info.embedder.fingerprint
-        tasks.append(
-            Task(dataset.url, dataset.info.id, shard, origin.job, table.num_rows, table.nbytes, lane, fingerprint)
-        )
+        admission = dataset.admission(shard)
+        lane = jobs.get(admission.job, Job(admission.job)).lane
+        size = admission.rows, admission.text_bytes
+        tasks.append(Task(dataset.url, info.id, shard, admission.job, *size, lane, info.embedder.fingerprint))
     return tasks
 
 

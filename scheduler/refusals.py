@@ -38,9 +38,12 @@ def keep_refusals(dataset: Dataset, inbox: str, rejects: Sequence[Reject]) -> No
             with path.open("a+b") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - _TAIL_BYTES))
-                present = set(file.read().split(b"\n"))
+                *whole, torn = file.read().split(b"\n")
+                present = set(whole)
                 lines = dict.fromkeys(_line(reject) for reject in rejects)
-                file.write(b"".join(line + b"\n" for line in lines if line not in present))
+                added = b"".join(line + b"\n" for line in lines if line not in present)
+                # Whoever was killed while writing left a line without its end; what it said comes again.
+                file.write(b"\n" + added if torn and added else added)
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as error:

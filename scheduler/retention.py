@@ -6,7 +6,7 @@ import logging
 
 import anyio
 
-from embedmill.errors import TransientError
+from embedmill.errors import EmbedmillError
 
 from .queue import Queue
 
@@ -16,12 +16,12 @@ _log = logging.getLogger("embedmill.scheduler")
 
 
 async def drop_regularly(queue: Queue, stopping: anyio.Event, *, keep_days: float = KEEP_DAYS) -> None:
-    """`drop_finished_jobs` every ten minutes, until `stopping` is set."""
+    """`drop_finished_jobs` every ten minutes, until `stopping` is set. Trouble is logged: nothing depends on it."""
     while not stopping.is_set():
         try:
             for job in await drop_finished_jobs(queue, keep_days=keep_days):
                 _log.info("the record of job %s is dropped: it had no task for %g days", job, keep_days)
-        except TransientError as error:
+        except EmbedmillError as error:
             _log.warning("records of finished jobs stay for now: %s", error)
         with anyio.move_on_after(_EVERY_S):
             await stopping.wait()

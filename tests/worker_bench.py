@@ -88,9 +88,11 @@ async def until(condition: Callable[[], Awaitable[bool]], *, within_s: float = 1
             await anyio.sleep(0.01)
 
 
-async def work_off(queue: Queue, embedder: TestedEmbedder, *, shards_in_flight: int = 2) -> Worker:
+async def work_off(
+    queue: Queue, embedder: TestedEmbedder, *, shards_in_flight: int = 2, patient: bool = False
+) -> Worker:
     """Run a worker until nothing is open, or until it gives up by itself."""
-    worker = Worker(queue, embedder, budget=Unlimited(), shards_in_flight=shards_in_flight, grace_s=1)
+    worker = Worker(queue, embedder, budget=Unlimited(), shards_in_flight=shards_in_flight, grace_s=1, patient=patient)
     done = anyio.Event()
 
     async def nothing_open() -> bool:

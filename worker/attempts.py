@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import anyio
@@ -16,7 +17,7 @@ import anyio.to_thread
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from embedmill.embedder import Embedder, Embedding, Role
-from embedmill.errors import EmbedmillError, OutcomeUnknown, RateLimited, TransientError
+from embedmill.errors import EmbedderFailed, EmbedmillError, OutcomeUnknown, RateLimited, TransientError
 from scheduler.budget import Grant, RequestBudget
 
 
@@ -41,8 +42,12 @@ class Attempt:
     seconds: float
 
 
+Sending = Callable[[], AbstractAsyncContextManager[object]]
+"""Entered when the budget lets a request go, left when it has ended: waiting for a turn is outside."""
+
 DEFAULT_POLICY = RetryPolicy()
 _LONGEST_RETRY_AFTER_S = 60.0
+_LONGEST_COMPLAINT = 300
 
 
 async def embed_batch(
@@ -52,26 +57,38 @@ async def embed_batch(
     budget: RequestBudget,
     role: Role = "document",
     est_tokens: int | None = None,
-    on_send: Callable[[], None] | None = None,
+    sending: Sending = nullcontext,
     on_event: Callable[[Attempt], None] | None = None,
     policy: RetryPolicy = DEFAULT_POLICY,
 ) -> Embedding:
     """Embed `texts` in one request, tried until it passes or cannot.
 
-    est_tokens: of the whole request, when the caller knows it. `on_send` is called before each request, `on_event` after it.
-    Raises Overloaded or OutcomeUnknown after `policy.max_attempts` failures; InputRejected, JobFatalError and
-    ConfigurationError at once. Cancelled, a request in flight is charged with its estimate.
+    est_tokens: of the whole request, when the caller knows it. `sending` is around each request, `on_event` is called
+    after it. Raises Overloaded or OutcomeUnknown after `policy.max_attempts` failures; InputRejected, EmbedderFailed,
+    JobFatalError and ConfigurationError at once. Cancelled, a request in flight is charged with its estimate.
     """
     if est_tokens is None:
         est_tokens = sum(await anyio.to_thread.run_sync(embedder.estimate_tokens, texts))
 
     async def attempt() -> Embedding:
-        async with budget.reserve(est_tokens) as grant:
-            if on_send is not None:
-                on_send()
+        async with budget.reserve(est_tokens) as grant, sending():
             return await _send(embedder, texts, grant=grant, role=role, on_event=on_event)
 
     return await _retrying(policy)(attempt)
+
+
+@contextmanager
+def naming_the_unforeseen() -> Iterator[None]:
+    """Around every call of an embedder: raises EmbedderFailed for what is none of our errors."""
+    try:
+        yield
+    except EmbedmillError:
+        raise
+    except BaseException as error:
+        # A panic in Rust, as a tokenizer's, is no Exception, and its class cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise EmbedderFailed(f"the embedder failed with {repr(error)[:_LONGEST_COMPLAINT]}") from error
+        raise
 
 
 async def _send(
@@ -85,7 +102,8 @@ async def _send(
     began = time.perf_counter()
     outcome, billed = "cancelled", None
     try:
-        embedding = await embedder.embed(texts, role=role)
+        with naming_the_unforeseen():
+            embedding = await embedder.embed(texts, role=role)
     except EmbedmillError as error:
         outcome, billed = error.code, _settle_failure(grant, error)
         raise
@@ -100,7 +118,7 @@ async def _send(
 
 def _settle_failure(grant: Grant, error: EmbedmillError) -> int | None:
     """Tokens billed by a request that failed so."""
-    if isinstance(error, OutcomeUnknown):
+    if isinstance(error, (OutcomeUnknown, EmbedderFailed)):
         return None
     if isinstance(error, RateLimited):
         grant.limited(error)

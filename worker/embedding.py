@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -25,15 +24,17 @@ from embedmill.dataset.passages import ShardOrigin
 from embedmill.embedder import Embedder
 from embedmill.errors import CorruptStore, EmbedmillError, StorageError
 from embedmill.failpoints import afailpoint, failpoint
+from embedmill.messages import job_key
 
 from .checkpoints import Checkpoint
 from .commit import commit_shard
+from .isolation import Trials
 from .packing import pack
-from .requesting import CANARY, Requester, WorkerCounts
+from .requesting import Requester, WorkerCounts
 from .results import Increment, ShardResults
 from .shard_requests import ShardRequests
 from .spend import SpendLog
-from .trials import DEATHS_TO_BURY, SUSPECT_AFTER, Note, TrialNotes, control_wait_s, deaths_alone, plan_trials, suspects
+from .trials import FAILURES_TO_SUSPECT, SUSPECT_AFTER, Note, TrialNotes, suspects
 
 CHECKPOINT_EVERY_S = 2.0
 _log = logging.getLogger("embedmill.worker")
@@ -72,14 +73,18 @@ class Tools:
 
 class ShardEmbedding:
     """The work on one shard. deliveries: of its task, this one included, without progress; from `SUSPECT_AFTER` on it is
-    worked in trials. None: the queue does not remember them, so they are counted in the dataset.
+    worked in trials. None: the queue does not remember them, so they are counted in the dataset. attempts: of its task that
+    failed before; from `FAILURES_TO_SUSPECT` on likewise.
     """
 
-    def __init__(self, tools: Tools, dataset: Dataset, shard: int, *, deliveries: int | None) -> None:
+    def __init__(
+        self, tools: Tools, dataset: Dataset, shard: int, *, deliveries: int | None, attempts: int = 0
+    ) -> None:
         self._tools = tools
         self._dataset = dataset
         self._shard = shard
         self._deliveries = deliveries
+        self._attempts = attempts
         self._attempt = uuid.uuid4().hex[:12]
         self._checkpoint = Checkpoint(dataset, shard, attempt=self._attempt)
         self._notes = TrialNotes(dataset, shard, attempt=self._attempt)
@@ -103,7 +108,7 @@ class ShardEmbedding:
     async def run(self) -> Marker | None:
         """Embed what is owed and commit; the marker, or None when the worker was drained or the shard halted before the end.
 
-        Raises TransientError (try the shard later), JobFatalError, StorageError, CorruptStore.
+        Raises TransientError and EmbedderFailed (try the shard later), JobFatalError, StorageError, CorruptStore.
         """
         marker = await to_thread.run_sync(self._dataset.marker, self._shard)
         if marker is None:
@@ -124,7 +129,12 @@ class ShardEmbedding:
         self._texts = [text or "" for text in columns["text"]]
         self._results = ShardResults(table.num_rows, self._dataset.info.dimensions)
         self._requests = ShardRequests(
-            self._tools.requester, self._results, ids=self._ids, texts=self._texts, dtype=self._dataset.info.dtype
+            self._tools.requester,
+            self._results,
+            ids=self._ids,
+            texts=self._texts,
+            dtype=self._dataset.info.dtype,
+            job=job_key(self._dataset.info.id, self._origin.job),
         )
         self._results.delete(row for row, deleted in enumerate(columns["deleted"]) if deleted)
         adopted = self._checkpoint.adopt(self._results)
@@ -166,17 +176,13 @@ class ShardEmbedding:
         owed = self._results.owed()
         if not owed:
             return
-        deliveries = self._deliveries or sum(not note.rows for note in self._left) + 1
         try:
             async with anyio.create_task_group() as work:
                 work.start_soon(self._keep_regularly)
-                if suspects(self._left) or deliveries >= SUSPECT_AFTER:
-                    await self._run_trials(owed, deliveries)
-                elif self._deliveries is None:
-                    async with self._noted(Note(())) as self._delivery:
-                        await self._run_all(owed)
-                else:
-                    await self._run_all(owed)
+                try:
+                    await self._work_off(owed)
+                except EmbedmillError as error:
+                    self._trouble = self._trouble or error
                 work.cancel_scope.cancel()
         finally:
             if self._results.owed():
@@ -184,6 +190,38 @@ class ShardEmbedding:
                     await self._keep()
         if self._trouble is not None:
             raise self._trouble
+
+    async def _work_off(self, owed: list[int]) -> None:
+        deliveries = self._deliveries or sum(not note.rows for note in self._left) + 1
+        if suspects(self._left) or deliveries >= SUSPECT_AFTER or self._attempts >= FAILURES_TO_SUSPECT:
+            _log.warning(
+                "shard %d of %s is worked in trials: delivery %d without progress, %d failed attempts",
+                self._shard,
+                self._dataset.url,
+                deliveries,
+                self._attempts,
+            )
+            await self._trials().run(owed)
+        elif self._deliveries is None:
+            async with self._notes.standing(Note(())) as self._delivery:
+                await self._run_all(owed)
+        else:
+            await self._run_all(owed)
+
+    def _trials(self) -> Trials:
+        return Trials(
+            self._tools.requester,
+            self._requests,
+            self._results,
+            self._notes,
+            left=self._left,
+            ids=self._ids,
+            texts=self._texts,
+            alone=self._tools.alone,
+            keep=self._keep,
+            stopping=lambda: self.stopping,
+            draining=self._tools.draining,
+        )
 
     @property
     def stopping(self) -> bool:
@@ -214,66 +252,6 @@ class ShardEmbedding:
                     await self._requests.embed(batch)
                 except EmbedmillError as error:
                     self._trouble = self._trouble or error
-
-    async def _run_trials(self, owed: list[int], deliveries: int) -> None:
-        """Work off a suspect shard, so that a death tells which rows it met."""
-        _log.warning(
-            "shard %d of %s is worked in trials: delivery %d without progress, %d trials that were not survived",
-            self._shard,
-            self._dataset.url,
-            deliveries,
-            sum(bool(note.rows) for note in self._left),
-        )
-        # A tokenizer may be what ends the worker: its estimate is part of the trial, and bytes stand for tokens here.
-        sizes = [len(self._texts[row].encode("utf-8", "surrogatepass")) // 2 + 1 for row in owed]
-        suspected = suspects(self._left)
-        for rows in plan_trials(owed, sizes, self._left, limits=self._tools.embedder.limits):
-            async with self._tools.alone():
-                if self.stopping:
-                    return
-                try:
-                    if len(rows) == 1 and rows[0] in suspected:
-                        await self._try_alone(rows[0])
-                    else:
-                        await self._try(Note(rows))
-                except EmbedmillError as error:
-                    self._trouble = error
-
-    async def _try_alone(self, row: int) -> None:
-        left = await to_thread.run_sync(self._notes.left)
-        deaths, controls = deaths_alone(row, left)
-        if deaths - controls >= DEATHS_TO_BURY:
-            cause = f"it ended its worker {deaths} times when it was alone in a request"
-            _log.error("passage %s of %s is a dead letter: %s", self._ids[row][0], self._dataset.url, cause)
-            self._requests.fail(row, code="poison", cause=cause)
-            await self._keep()
-            return
-        async with self._noted(Note((row,), control=True)):
-            began_s = time.monotonic()
-            await self._tools.requester.require_well(since_s=began_s, complaint="a passage that ended its worker")
-            wait_s = control_wait_s(time.monotonic() - began_s, canary=CANARY, text=self._texts[row])
-            # Not in step with anything that kills at intervals.
-            with anyio.move_on_after(wait_s * random.uniform(0.75, 1.5)):
-                await self._tools.draining.wait()
-        if not self.stopping:
-            await self._try(Note((row,), controlled=True))
-
-    async def _try(self, note: Note) -> None:
-        async with self._noted(note):
-            await self._requests.estimate(note.rows)
-            await self._requests.embed(note.rows)
-            await self._keep()
-
-    @asynccontextmanager
-    async def _noted(self, note: Note) -> AsyncIterator[str]:
-        """A note that only the death of this process leaves behind."""
-        key = await to_thread.run_sync(self._notes.write, note)
-        await afailpoint("worker.after_note")
-        try:
-            yield key
-        finally:
-            with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(self._notes.remove, key)
 
     async def _keep_regularly(self) -> None:
         while True:

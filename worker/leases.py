@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -17,6 +18,7 @@ from scheduler.queue import Lease, Queue
 from .embedding import ShardEmbedding, Tools
 
 HUNG_AFTER_S = 900.0
+_RECENT_S = 60.0
 _HUNG_STATUS = 3
 _log = logging.getLogger("embedmill.worker")
 
@@ -45,6 +47,7 @@ class Leases:
         self._on_hung = on_hung
         self._held: dict[str, Held] = {}
         self._started_at = now_iso()
+        self._history: deque[tuple[float, dict[str, tuple[int, int]]]] = deque()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -111,14 +114,30 @@ class Leases:
             _log.warning("the event loop stood still for %.1f s; leases last %.0f s", lag_s, self._queue.lease_s)
 
     async def _report(self) -> None:
+        counts = asdict(self._tools.counts)
+        done = counts.pop("jobs")
         await self._say(
             {
                 "model": self._tools.embedder.spec.model,
                 "started_at": self._started_at,
                 "holds": len(self),
-                **asdict(self._tools.counts),
+                **counts,
+                **self._recent(time.monotonic(), done),
             }
         )
+
+    def _recent(self, now_s: float, done: dict[str, tuple[int, int]]) -> dict[str, object]:
+        """(passages, tokens) of the last minute by job, and of how many seconds; a minute is at least two reports."""
+        self._history.append((now_s, done))
+        while len(self._history) > 2 and now_s - self._history[1][0] >= _RECENT_S:
+            self._history.popleft()
+        then_s, before = self._history[0]
+        grown = {}
+        for job, (passages, tokens) in done.items():
+            old_passages, old_tokens = before.get(job, (0, 0))
+            if passages > old_passages or tokens > old_tokens:
+                grown[job] = passages - old_passages, tokens - old_tokens
+        return {"recent_s": round(now_s - then_s, 3), "recent": grown}
 
     async def _say(self, record: dict[str, object] | None) -> None:
         try:

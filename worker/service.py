@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,9 +24,11 @@ from embedmill.embedder import Embedder
 from embedmill.errors import (
     ConfigurationError,
     CorruptStore,
+    EmbedderFailed,
     EmbedmillError,
     JobFatalError,
     NoBalance,
+    PassageTooLarge,
     RateLimited,
     StorageError,
     TransientError,
@@ -43,6 +46,8 @@ from .requesting import Requester, WorkerCounts
 
 _log = logging.getLogger("embedmill.worker")
 _IDLE_S = 1.0
+_BROKEN_AFTER = 5
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
 _OF_ONE_DATASET = (StorageError, CorruptStore, ConfigurationError)
 
 
@@ -71,9 +76,9 @@ class Worker:
     """Embeds shards until it is stopped. One per process; `run` may be called once.
 
     `on_open` is called in a thread with each dataset before anything of it is embedded. patient: a dataset that cannot be
-    read or written (what `on_open` raises included) is tried again later while others go on, and a model that hangs ends
-    the process; else trouble with a dataset ends `run`, and a queue that forgets how often a task was delivered is made up
-    for by notes in the dataset.
+    read or written (what `on_open` raises included) is tried again later while others go on, so is a shard that fails in an
+    unforeseen way, and a model that hangs ends the process; else trouble with a dataset ends `run`, and a queue that forgets
+    how often a task was delivered is made up for by notes in the dataset.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Worker:
         self._patient = patient
         self._wake = anyio.Event()
         self._fatal: EmbedmillError | None = None
+        self._failed_unforeseen: set[str] = set()
         self._tools = Tools(
             embedder=embedder,
             requester=Requester(embedder, budget, WorkerCounts()),
@@ -116,8 +122,8 @@ class Worker:
         self._wake.set()
 
     async def run(self, *, on_commit: Callable[[int], None] | None = None) -> None:
-        """Work until `stop`. Raises what makes going on useless: a bad key, no balance, and unless patient a full disk or
-        a corrupt store."""
+        """Work until `stop`. Raises what makes going on useless: a bad key, no balance, an embedder that fails with any
+        text, and unless patient a full disk or a corrupt store."""
         async with anyio.create_task_group() as background:
             background.start_soon(self._listen)
             background.start_soon(self._leases.keep)
@@ -171,24 +177,23 @@ class Worker:
                 self._wake.set()
 
     async def _work(self, held: Held, on_commit: Callable[[int], None] | None) -> None:
-        shard = held.lease.task.shard
         with held.scope:
             try:
                 await afailpoint("worker.after_lease")
                 await self._embed(held, on_commit)
             except TransientError as error:
-                await self._later(held, error)
+                await self._later(held, error, counted=not isinstance(error, RateLimited))
+            except EmbedderFailed as error:
+                await self._suspect(held, error)
             except JobFatalError as error:
-                await self._pause_job(held, error)
-                self._give_up(error)
+                await self._stop_job(held, error)
             except _OF_ONE_DATASET as error:
                 if self._patient:
                     await self._put_off(held, self._troubles.add(held.lease.task, error))
                 else:
                     self._give_up(error)
             except Exception as error:
-                _log.exception("shard %s", shard)
-                self._give_up(EmbedmillError(f"shard {shard} failed in an unforeseen way: {error!r}"))
+                await self._unforeseen(held, error)
             finally:
                 await self._let_go(held)
 
@@ -208,11 +213,13 @@ class Worker:
             held.settled = True
             return
         deliveries = held.lease.deliveries if self._patient else None
-        held.work = ShardEmbedding(self._tools, dataset, task.shard, deliveries=deliveries)
+        attempts = held.lease.attempts
+        held.work = ShardEmbedding(self._tools, dataset, task.shard, deliveries=deliveries, attempts=attempts)
         marker = await held.work.run()
         if marker is None:
             return
         self._troubles.over(task)
+        self._failed_unforeseen.clear()
         with anyio.CancelScope(shield=True):
             await self._queue.finish(task, dead=dead_letters(marker, task))
             held.settled = True
@@ -222,13 +229,43 @@ class Worker:
         if on_commit is not None:
             on_commit(task.shard)
 
-    async def _later(self, held: Held, error: TransientError) -> None:
+    async def _later(self, held: Held, error: EmbedmillError, *, counted: bool) -> None:
         lease = held.lease
-        delay_s = min(60.0, error.retry_after_s or 2.0 ** min(lease.attempts, 6))
+        backoff_s = _FIRST_RETRY_S * 2 ** min(lease.attempts, 20)
+        asked_s = (error.retry_after_s if isinstance(error, TransientError) else None) or 0.0
+        delay_s = min(_LONGEST_RETRY_S, max(asked_s, backoff_s) if counted else asked_s or backoff_s)
         self._note_trouble(f"{error}; shard {lease.task.shard} goes on in {delay_s:.0f} s")
         with suppress(TransientError), anyio.CancelScope(shield=True):
-            await self._queue.retry(lease, delay_s=delay_s, counted=not isinstance(error, RateLimited))
+            await self._queue.retry(lease, delay_s=delay_s, counted=counted)
         held.settled = True
+
+    async def _suspect(self, held: Held, error: EmbedderFailed) -> None:
+        """A passage may be at fault, which counts against its shard, or this process, which others replace."""
+        shard = held.lease.task.shard
+        _log.error("shard %d of %s", shard, held.lease.task.dataset, exc_info=error)
+        try:
+            await self._tools.requester.require_well(since_s=time.monotonic(), complaint=str(error))
+        except EmbedderFailed:
+            self._give_up(EmbedmillError(f"shard {shard} failed in an unforeseen way, and so does any text: {error}"))
+        except TransientError:
+            await self._later(held, error, counted=False)
+        except JobFatalError as fatal:
+            await self._stop_job(held, fatal)
+        except EmbedmillError as other:
+            self._give_up(other)
+        else:
+            await self._later(held, error, counted=True)
+
+    async def _unforeseen(self, held: Held, error: Exception) -> None:
+        """The shard waits and others go on, until several shards in a row fail so: then it is this process."""
+        task = held.lease.task
+        _log.error("shard %d of %s", task.shard, task.dataset, exc_info=error)
+        trouble = EmbedmillError(f"shard {task.shard} failed in an unforeseen way: {error!r}")
+        self._failed_unforeseen.add(task.id)
+        if self._patient and len(self._failed_unforeseen) < _BROKEN_AFTER:
+            await self._later(held, trouble, counted=True)
+        else:
+            self._give_up(trouble)
 
     async def _put_off(self, held: Held, delay_s: float) -> None:
         """The dataset is in trouble, not the shard."""
@@ -245,14 +282,22 @@ class Worker:
                 await afailpoint("worker.before_release")
                 await self._queue.release(held.lease)
 
-    async def _pause_job(self, held: Held, error: JobFatalError) -> None:
-        """An empty account stops the job for everybody, until somebody starts it again; a bad key may be ours only."""
+    async def _stop_job(self, held: Held, error: JobFatalError) -> None:
+        """An empty account and a passage that no limit allows stop the job for everybody, until somebody starts it again; a
+        bad key may be ours only. A patient worker goes on with other jobs where those may succeed."""
         task = held.lease.task
         dataset = self._datasets.known(task)
-        if isinstance(error, NoBalance) and dataset is not None:
-            await to_thread.run_sync(pause_job, dataset, task.job, str(error))
+        if isinstance(error, (NoBalance, PassageTooLarge)) and dataset is not None:
+            try:
+                await to_thread.run_sync(pause_job, dataset, task.job, str(error))
+            except StorageError as storage:
+                _log.warning("job %s was not paused: %s", task.job, storage)
             with suppress(TransientError):
                 await self._queue.pause(task.dataset_id, task.job)
+        if self._patient and isinstance(error, PassageTooLarge):
+            self._note_trouble(f"job {task.job} of {task.dataset} is paused: {error}")
+        else:
+            self._give_up(error)
 
     def _give_up(self, error: EmbedmillError) -> None:
         if self._fatal is None:

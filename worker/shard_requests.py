@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 import numpy as np
 from anyio import to_thread
 
 from embedmill.dataset.layout import Failure
 from embedmill.embedder import Embedding
-from embedmill.errors import InputRejected, JobFatalError, RequestTooLarge
+from embedmill.errors import InputRejected, PassageTooLarge, RequestTooLarge
 from embedmill.failpoints import afailpoint
 
+from .attempts import naming_the_unforeseen
 from .gate import inspect
 from .requesting import Requester
 from .results import Increment, ShardResults
@@ -21,7 +23,10 @@ _GATE_TRIES = 4
 
 
 class ShardRequests:
-    """Brings the answers for one shard into its results. ids, texts: (id, version) and text of every row."""
+    """Brings the answers for one shard into its results. ids, texts: (id, version) and text of every row.
+
+    job: its key, for what is counted; sending: entered around each request of some rows, once the budget lets it go.
+    """
 
     def __init__(
         self,
@@ -31,18 +36,22 @@ class ShardRequests:
         ids: Sequence[tuple[str, int]],
         texts: Sequence[str],
         dtype: str,
+        job: str,
     ) -> None:
         self._requester = requester
         self._results = results
         self._ids = ids
         self._texts = texts
         self._dtype: np.dtype[np.floating] = np.dtype(dtype)
+        self.sending: Callable[[Sequence[int]], AbstractAsyncContextManager[object]] = nullcontext
+        self._job = job
         self._tokens: dict[int, int] = {}
 
     async def estimate(self, rows: Sequence[int]) -> list[int]:
-        """Tokens that each of these rows counts in a request."""
+        """Tokens that each of these rows counts in a request. Raises EmbedderFailed."""
         texts = [self._texts[row] for row in rows]
-        tokens = await to_thread.run_sync(self._requester.embedder.estimate_tokens, texts)
+        with naming_the_unforeseen():
+            tokens = await to_thread.run_sync(self._requester.embedder.estimate_tokens, texts)
         self._tokens.update(zip(rows, tokens, strict=True))
         return tokens
 
@@ -60,6 +69,7 @@ class ShardRequests:
                 texts,
                 est_tokens=sum(self._tokens[row] for row in rows),
                 on_waste=lambda answer: self._add([], answer, []),
+                sending=lambda: self.sending(rows),
             )
         except InputRejected as error:
             await self._bisect(rows, error, tries=tries, since_s=since_s or began_s)
@@ -90,7 +100,9 @@ class ShardRequests:
             await self.embed(rows[middle:], tries=tries, since_s=since_s)
             return
         if isinstance(refusal, RequestTooLarge):
-            raise JobFatalError(f"{refusal}; nothing is lost, run again with other limits") from refusal
+            raise PassageTooLarge(
+                f"passage {self._ids[rows[0]][0]} is too large: {refusal}; nothing is lost, go on with other limits"
+            ) from refusal
         await self._requester.require_well(since_s=since_s, complaint=str(refusal))
         self.fail(rows[0], code=refusal.code, cause=str(refusal))
 
@@ -105,7 +117,6 @@ class ShardRequests:
             requests=1,
         )
         counts = self._requester.counts
-        counts.embedded += self._results.add(increment)
-        counts.tokens += embedding.billed_tokens
+        counts.add(self._job, passages=self._results.add(increment), tokens=embedding.billed_tokens)
         counts.requests += 1
         counts.truncated += len(truncated)

@@ -1,14 +1,19 @@
-"""Which passage ends its worker, found across the deaths of workers. Pure planning, and the notes that outlive a death.
+"""Which passage ends its worker, or fails for ever: planning, and the notes that outlive a worker.
 
-A shard whose worker died again and again without progress is worked in trials. A trial is noted durably before it
-begins, runs while nothing else of its process is in flight, and its note goes when its results are kept. So a note that is
-left means that a process ended, or stands still, during just that trial. Whoever takes the shard next tries the rows of
-such a note in halves, until a row is alone.
+A shard whose worker died again and again without progress, or which failed again and again, is worked in trials, while
+nothing else of its process is in flight. A trial is noted durably for just as long as the embedder has its texts: waiting
+for the budget, or to try again, is outside. So a note that is left means that a process ended, or stands still, with just
+those rows. Whoever takes the shard next tries the rows of such a note in halves, until a row is alone.
 
 A row alone is no proof: processes are killed for other reasons. So each trial of a suspect row alone follows a control: the
 canary, and then a wait several times as long as the trial, noted in the same way. A death in the trial counts against the
 row, one in the control counts for it, and the row is buried at three more against it than for it. A kill that does not care
-for passages hits the control at least `CONTROL_TIMES` as often as the trial.
+for passages hits the control at least `CONTROL_TIMES` as often as the trial: of the requests of a trial, the first alone
+counts.
+
+A trial that fails and leaves its worker alive (an error that should pass and does not, an exception that nobody foresaw) is
+halved at once. A row that fails alone, while the canary passes, gets a note with the cause, which stays. The fifth such
+delivery buries it.
 
 Where the queue does not outlive the process, a note without rows counts a delivery: it is left by whoever died at the shard.
 
@@ -20,18 +25,27 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+
+import anyio
+from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import FORMAT_VERSION, checkpoints_folder
 from embedmill.embedder import BatchLimits
+from embedmill.failpoints import afailpoint
 
 from .packing import pack
 
 NOTE_PREFIX = "trial-"
 SUSPECT_AFTER = 3
+"""Deliveries without progress, the present one included."""
+FAILURES_TO_SUSPECT = 3
+"""Attempts of the task that failed before."""
 DEATHS_TO_BURY = 3
+FAILURES_TO_BURY = 5
 CONTROL_TIMES = 4
 _SHORTEST_TRIAL_S, _LONGEST_CONTROL_S = 0.05, 10.0
 _log = logging.getLogger("embedmill.worker.trials")
@@ -39,15 +53,17 @@ _log = logging.getLogger("embedmill.worker.trials")
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A trial of these rows. control: of the canary on behalf of one row; controlled: it follows a control that survived."""
+    """A trial of these rows. control: of the canary on behalf of one row; controlled: it follows a control that survived;
+    cause: it ended, and this is how it failed."""
 
     rows: tuple[int, ...]
     control: bool = False
     controlled: bool = False
+    cause: str = ""
 
 
 class TrialNotes:
-    """The notes of one shard, as one attempt writes them. Blocking: run in a thread."""
+    """The notes of one shard, as one attempt writes them. Blocking, but for `standing`: run in a thread."""
 
     def __init__(self, dataset: Dataset, shard: int, *, attempt: str) -> None:
         self._store = dataset.store
@@ -56,20 +72,21 @@ class TrialNotes:
         self._written = 0
 
     def left(self) -> list[Note]:
-        """Notes of other attempts: those died, or stand still."""
+        """Notes of other attempts: those died, stand still, or failed."""
         notes = []
         for name in self._store.names(self._folder):
             if name.startswith(NOTE_PREFIX) and not name.startswith(self._mine):
                 data = self._store.read_or_none(f"{self._folder}/{name}")
                 try:
                     record = json.loads(data or b"{}")
-                    notes.append(Note(tuple(record["rows"]), record["control"], record["controlled"]))
+                    rows, cause = tuple(record["rows"]), record.get("cause", "")
+                    notes.append(Note(rows, record["control"], record["controlled"], cause))
                 except (KeyError, TypeError, ValueError):
                     _log.warning("%s/%s is no note of a trial; it is passed over", self._folder, name)
         return notes
 
     def write(self, note: Note) -> str:
-        """Note a trial that is about to begin; the note's key."""
+        """Note a trial that is about to begin, or that failed; the note's key."""
         self._written += 1
         key = f"{self._folder}/{self._mine}{self._written:05d}"
         self._store.create(key, json.dumps({"format_version": FORMAT_VERSION, **asdict(note)}).encode())
@@ -79,11 +96,22 @@ class TrialNotes:
         """The trial is over, and this process lives."""
         self._store.delete(key)
 
+    @asynccontextmanager
+    async def standing(self, note: Note) -> AsyncIterator[str]:
+        """A note that only the death of this process leaves behind; its key."""
+        key = await to_thread.run_sync(self.write, note)
+        try:
+            await afailpoint("worker.after_note")
+            yield key
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(self.remove, key)
+
 
 def plan_trials(
     owed: Sequence[int], tokens: Sequence[int], left: Sequence[Note], *, limits: BatchLimits
 ) -> list[tuple[int, ...]]:
-    """The rows of each trial, in order: unsuspected rows first, as requests hold them; then what died, in halves.
+    """The rows of each trial, in order: unsuspected rows first, as requests hold them; then what died or failed, in halves.
 
     tokens: estimated, of each owed row.
     """
@@ -102,18 +130,28 @@ def plan_trials(
 
 
 def suspects(left: Sequence[Note]) -> set[int]:
-    """Rows of trials that were not survived."""
+    """Rows of trials that were not survived, or that failed."""
     return set(_smallest_failed(left))
+
+
+def deadly(left: Sequence[Note]) -> set[int]:
+    """Rows of trials that were not survived."""
+    return suspects([note for note in left if not note.cause])
 
 
 def deaths_alone(row: int, left: Sequence[Note]) -> tuple[int, int]:
     """Deaths during trials of this row alone, and during their controls."""
-    mine = [note for note in left if note.rows == (row,)]
+    mine = [note for note in left if note.rows == (row,) and not note.cause]
     return sum(note.controlled and not note.control for note in mine), sum(note.control for note in mine)
 
 
+def failures_alone(row: int, left: Sequence[Note]) -> int:
+    """Deliveries in which this row failed alone, and the canary did not."""
+    return sum(note.rows == (row,) and bool(note.cause) for note in left)
+
+
 def control_wait_s(canary_s: float, *, canary: str, text: str) -> float:
-    """How long to wait after the canary took `canary_s`: several times what `text` may take."""
+    """How long to wait after the canary took `canary_s`: several times what `text` may take, both without their waits."""
     trial_s = max(_SHORTEST_TRIAL_S, canary_s * max(1.0, len(text) / len(canary)))
     return min(_LONGEST_CONTROL_S, CONTROL_TIMES * trial_s)
 

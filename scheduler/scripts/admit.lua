@@ -6,10 +6,12 @@
 --          most: id, key, name of the receipts stream (empty: none), receipt (JSON), how many refused entries follow, and for
 --          each of those how many fields and values, and these
 -- reply    ids of the messages that were taken away
-local REFUSED_KEPT, RECEIPTS_KEPT, RECEIPTS_MS = 10000, 100000, 86400000
+local REFUSED_KEPT, REFUSED_BYTES, REFUSED_NAME_BYTES, REFUSED_MS = 1000, 65536, 100, 604800000
+local RECEIPTS_KEPT, RECEIPTS_MS = 100000, 86400000
 local stream = prefix .. ':inbox:' .. ARGV[1]
 local keys, bytes, refused = stream .. ':keys', stream .. ':bytes', stream .. ':refused'
 local at = 3
+also_when_full()
 if ARGV[2] == '1' then
   local _, behind = add_tasks(3)
   at = behind
@@ -22,6 +24,22 @@ local function forget_key(key, id)
     redis.call('HDEL', keys, key)
     redis.call('DECRBY', bytes, its_bytes)
   end
+end
+
+-- The refused entry whose fields and values are ARGV[first] to ARGV[last]. Its reason comes last, and is not what is cut.
+local function keep_refused(first, last)
+  local entry, size, left = {}, 0, REFUSED_BYTES
+  for i = last - 1, first, -2 do
+    local name = string.sub(ARGV[i], 1, REFUSED_NAME_BYTES)
+    local value = string.sub(ARGV[i + 1], 1, math.max(0, left - #name))
+    entry[i - first + 1], entry[i - first + 2] = name, value
+    size, left = size + #ARGV[i] + #ARGV[i + 1], left - #name - #value
+  end
+  if size > REFUSED_BYTES then
+    entry[#entry + 1], entry[#entry + 2] = 'refused_bytes', size
+  end
+  redis.call('XADD', refused, 'MAXLEN', '~', REFUSED_KEPT, '*', unpack(entry))
+  redis.call('PEXPIRE', refused, REFUSED_MS)
 end
 
 local taken = {}
@@ -41,7 +59,7 @@ while at <= #ARGV do
   for _ = 1, entries do
     local count = tonumber(ARGV[at])
     if ours then
-      redis.call('XADD', refused, 'MAXLEN', '~', REFUSED_KEPT, '*', unpack(ARGV, at + 1, at + count))
+      keep_refused(at + 1, at + count)
     end
     at = at + 1 + count
   end

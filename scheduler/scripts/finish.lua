@@ -5,6 +5,7 @@
 -- ARGV     id, job, announcement (JSON), then key and dead letter (JSON) of each failed row
 -- reply    1 when the task was there, 0 when it had been finished before
 local id, job = ARGV[1], ARGV[2]
+also_when_full()
 for i = 4, #ARGV, 2 do
   redis.call('HSET', prefix .. ':dead:' .. job, ARGV[i], ARGV[i + 1])
   redis.call('SADD', prefix .. ':jobs', job)

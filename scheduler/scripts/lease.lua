@@ -1,5 +1,5 @@
--- Take tasks. Expired leases come back first, then retries that are due. Live goes before bulk, but for every ninth turn and
--- whenever bulk was not served for a while; within a lane the job that was served the fewest tokens is next.
+-- Take tasks. Expired leases come back first, then retries that are due. Live goes before bulk, but for every ninth turn of
+-- the embedder and whenever its bulk was not served for a while; within a lane the job that was served the fewest tokens is next.
 -- include: turns
 -- KEYS[1]  prefix of the namespace
 -- ARGV     owner, lease in ms, how many at most, fingerprint of the embedder (empty: any), patience of bulk in ms
@@ -8,16 +8,12 @@
 -- earlier holder can never pass for the present one.
 local owner, lease_ms, wanted, mine = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local patience_ms = tonumber(ARGV[5])
+local turn_of_pool, bulk_served = 'turn:' .. mine, 'bulk_served:' .. mine
 
-local function back(from)
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', from, '-inf', now_ms, 'LIMIT', 0, 100)) do
-    redis.call('ZREM', from, id)
-    make_ready(id)
-  end
-end
+also_when_full()
 back(leased)
 back(delayed)
-redis.call('HSETNX', meta, 'bulk_served', now_ms)
+redis.call('HSETNX', meta, bulk_served, now_ms)
 
 local pools = { mine }
 if mine == '' then
@@ -37,8 +33,9 @@ local function next_job(lane)
 end
 
 local function next_id()
-  local turn = tonumber(redis.call('HGET', meta, 'turn') or '0') + 1
-  local bulk_waits = now_ms - tonumber(redis.call('HGET', meta, 'bulk_served')) >= patience_ms
+  local turn = tonumber(redis.call('HGET', meta, turn_of_pool) or '0') + 1
+  local waited_ms = now_ms - tonumber(redis.call('HGET', meta, bulk_served))
+  local bulk_waits = waited_ms >= patience_ms or waited_ms < 0
   local order = (turn % 9 == 0 or bulk_waits) and { 'bulk', 'live' } or { 'live', 'bulk' }
   for _, lane in ipairs(order) do
     local job, pool, served = next_job(lane)
@@ -46,9 +43,9 @@ local function next_id()
       local id = redis.call('ZPOPMIN', ready_key(job))[1]
       served = served + tonumber(redis.call('HGET', task_key(id), 'cost') or '0')
       redis.call('HSET', job_key(job), 'served', string.format('%.0f', served))
-      redis.call('HSET', meta, 'turn', turn, clock(lane, pool), redis.call('ZSCORE', turns_key(lane, pool), job))
+      redis.call('HSET', meta, turn_of_pool, turn, clock(lane, pool), redis.call('ZSCORE', turns_key(lane, pool), job))
       if lane == 'bulk' then
-        redis.call('HSET', meta, 'bulk_served', now_ms)
+        redis.call('HSET', meta, bulk_served, now_ms)
       end
       if redis.call('ZCARD', ready_key(job)) == 0 then
         redis.call('ZREM', turns_key(lane, pool), job)
@@ -74,7 +71,7 @@ while #leases < wanted do
     redis.call('HSET', meta, 'epoch', epoch)
     redis.call('HSET', task_key(id), 'epoch', epoch, 'owner', owner)
     local deliveries = redis.call('HINCRBY', task_key(id), 'deliveries', 1)
-    redis.call('ZADD', leased, now_ms + lease_ms, id)
+    hold(leased, id, lease_ms)
     leases[#leases + 1] = { id, task[1], epoch, deliveries, tonumber(task[2]) }
   end
 end

@@ -4,6 +4,7 @@
 -- ARGV     job, 1 to pause or 0 to resume
 -- reply    1 when that changed anything
 local job = ARGV[1]
+also_when_full()
 local before = redis.call('HGET', job_key(job), 'paused') or '0'
 redis.call('SADD', prefix .. ':jobs', job)
 redis.call('HSET', job_key(job), 'paused', ARGV[2], 'touched', now_ms)

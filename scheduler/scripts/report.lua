@@ -3,6 +3,7 @@
 -- KEYS[1]  prefix of the namespace
 -- ARGV     owner, its record (JSON; empty: it ends), silence in ms after which others are forgotten
 local workers, seen = prefix .. ':workers', prefix .. ':seen'
+also_when_full()
 if ARGV[2] == '' then
   redis.call('HDEL', workers, ARGV[1])
   redis.call('ZREM', seen, ARGV[1])

@@ -22,8 +22,8 @@
 --        {0, wait_ms, 1} no permit is free: ask again in wait_ms | {-1, tokens} never: more than one window's tokens
 --        {-2} this budget remembers nothing: look for requests of the last window, and ask again
 
-local MARGIN, RECOVERY_PER_MS, BELIEVED_MS = 0.02, 0.0000015, 3600000
-local CAP_GROWTH_MS, PERMIT_POLL_MS, KEPT_MS = 60000, 100, 86400000
+local MARGIN, RECOVERY_PER_WINDOW, BELIEVED_MS = 0.02, 0.09, 3600000
+local PERMIT_POLL_MS, KEPT_MS = 100, 86400000
 
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + tonumber(time[2]) / 1000
@@ -55,6 +55,8 @@ if known then
   return {1, whole(start - now), whole((state.gate or 0) - now)}
 end
 
+-- A full server, too, takes what is written behind a first write that needs no memory.
+redis.call('ZREM', KEYS[2], '')
 for _, dead in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ms(now), 'LIMIT', 0, 100)) do
   redis.call('ZREM', KEYS[2], dead)
   redis.call('HDEL', KEYS[3], dead)
@@ -71,12 +73,12 @@ if max_tokens > 0 and estimate > max_tokens then return {-1, max_tokens} end
 
 local cap = limit('concurrency', tonumber(ARGV[5]))
 if state.cap then
-  local grown = state.cap + math.floor((now - state.cap_at) / CAP_GROWTH_MS)
+  local grown = state.cap + math.floor((now - state.cap_at) / window)
   cap = cap > 0 and math.min(cap, grown) or grown
 end
 if cap > 0 and redis.call('ZCARD', KEYS[2]) >= cap then return {0, PERMIT_POLL_MS, 1} end
 
-local factor = math.min(1, (state.factor or 1) + RECOVERY_PER_MS * (now - (state.factor_at or now)))
+local factor = math.min(1, (state.factor or 1) + RECOVERY_PER_WINDOW * (now - (state.factor_at or now)) / window)
 local request_cost = max_requests > 0 and window / (max_requests * (1 - MARGIN) * factor) or 0
 local token_cost = max_tokens > 0 and estimate * window / (max_tokens * (1 - MARGIN) * factor) or 0
 local start = math.max(now, state.gate or 0, state.last or 0,

@@ -13,8 +13,8 @@
 -- ARGV[8] window          ms
 -- Reply: {settled (0|1), gate_ms (the key is closed for so long)}
 
-local CUT, CUT_EVERY_MS, LEAST_FACTOR, RECOVERY_PER_MS, BELIEVED_MS = 0.85, 5000, 0.1, 0.0000015, 3600000
-local CAP_GROWTH_MS, CAP_CUT_EVERY_MS, LONGEST_GATE_MS = 60000, 1000, 60000
+local CUT, LEAST_FACTOR, RECOVERY_PER_WINDOW, BELIEVED_MS = 0.85, 0.1, 0.09, 3600000
+local CAP_CUT_EVERY_MS, LONGEST_GATE_MS = 1000, 60000
 
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + tonumber(time[2]) / 1000
@@ -68,7 +68,7 @@ end
 if limit == 'concurrency' then
   local cap = news and announced or believed
   if state.cap then
-    local grown = state.cap + math.floor((now - state.cap_at) / CAP_GROWTH_MS)
+    local grown = state.cap + math.floor((now - state.cap_at) / window)
     cap = cap > 0 and math.min(cap, grown) or grown
   end
   -- The refusals of one moment are one lesson.
@@ -78,8 +78,8 @@ if limit == 'concurrency' then
     put('cap', math.max(1, (cap > 0 and cap or redis.call('ZCARD', KEYS[2]) + 1) - 1))
   end
   put('cap_at', now)
-elseif not news and now - (state.factor_cut_at or 0) > CUT_EVERY_MS then
-  local factor = math.min(1, (state.factor or 1) + RECOVERY_PER_MS * (now - (state.factor_at or now)))
+elseif not news and now - (state.factor_cut_at or 0) > window / 12 then
+  local factor = math.min(1, (state.factor or 1) + RECOVERY_PER_WINDOW * (now - (state.factor_at or now)) / window)
   put('factor', math.max(LEAST_FACTOR, factor * CUT))
   put('factor_at', now)
   put('factor_cut_at', now)

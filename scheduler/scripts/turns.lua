@@ -6,7 +6,8 @@
 --   ready:JOB          zset   ids by position: the order of admission, kept by whatever comes back
 --   turns:LANE:FINGERPRINT  zset  jobs with ready tasks, by the tokens that they were served (start-time fair queueing)
 --   leased, delayed    zset   ids by the ms of Redis' clock when the lease ends, or the delay
---   meta               hash   counters: position, epoch, turn, and `clock:...`, how far the turns of a pool have come
+--   meta               hash   position, epoch; longest_lease and longest_delay that were ever given, ms; per pool, which is an
+--                             embedder's fingerprint: `turn:`, `bulk_served:` (ms), `clock:LANE:`, how far its turns have come
 local prefix = KEYS[1]
 local time = redis.call('TIME')
 local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -17,6 +18,10 @@ local function job_key(job) return prefix .. ':job:' .. job end
 local function ready_key(job) return prefix .. ':ready:' .. job end
 local function turns_key(lane, fingerprint) return prefix .. ':turns:' .. lane .. ':' .. fingerprint end
 local function clock(lane, fingerprint) return 'clock:' .. lane .. ':' .. fingerprint end
+
+-- For scripts that take work or memory away: a full server, too, takes whatever a script writes behind a first write that
+-- needs no memory.
+local function also_when_full() redis.call('HDEL', meta, '') end
 
 -- A job that has ready tasks and is not paused takes part in the turns; nobody saves up turns while idle.
 local function join_turns(job)
@@ -43,6 +48,32 @@ local function make_ready(id)
   if task[1] then
     redis.call('ZADD', ready_key(task[1]), task[2], id)
     join_turns(task[1])
+  end
+end
+
+local LONGEST = { [leased] = 'longest_lease', [delayed] = 'longest_delay' }
+
+-- Keep a task in `leased` or `delayed` for so long.
+local function hold(place, id, ms)
+  if ms > tonumber(redis.call('HGET', meta, LONGEST[place]) or '0') then
+    redis.call('HSET', meta, LONGEST[place], ms)
+  end
+  redis.call('ZADD', place, now_ms + ms, id)
+end
+
+-- What is due returns to its job. Nothing was given for longer than the longest time: what seems to end later is from before
+-- the clock was set back, and is held for that time from now on.
+local function back(from)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', from, '-inf', now_ms, 'LIMIT', 0, 100)) do
+    redis.call('ZREM', from, id)
+    make_ready(id)
+  end
+  local longest = redis.call('HGET', meta, LONGEST[from])
+  if longest then
+    local latest = now_ms + tonumber(longest)
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', from, '(' .. latest, '+inf', 'LIMIT', 0, 100)) do
+      redis.call('ZADD', from, latest, id)
+    end
   end
 end
 

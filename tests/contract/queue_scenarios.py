@@ -3,6 +3,7 @@ known fault of tests/mutants.py fails the one that it is listed with."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from scheduler.queue import Depth, Extended
@@ -112,6 +113,70 @@ async def a_known_task_is_not_added_again(bench: Bench) -> None:
     assert await queue.extend([held]) == Extended()
 
 
+async def a_clock_that_was_set_back_delays_what_is_due_by_no_more_than_it_was_given_for(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(tasks(3))
+    dead, later, living = await queue.lease("w", count=3)
+    await queue.retry(later, delay_s=10)
+    await bench.elapse(-3600)
+    assert await queue.lease("w", count=9) == []
+    await bench.elapse(10)
+    assert shards(await queue.lease("w", count=9)) == [later.task.shard]
+    assert await queue.extend([living]) == Extended()
+    await bench.elapse(LEASE_S - 10)
+    assert shards(await queue.lease("w", count=9)) == [dead.task.shard]
+    assert await queue.extend([living]) == Extended()
+
+
+async def bulk_of_one_embedder_has_its_turns_whatever_others_take(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(task(shard, job="a", fingerprint="fa") for shard in range(100))
+    await queue.enqueue(task(shard, lane="live", job="b live", fingerprint="fb") for shard in range(100, 120))
+    await queue.enqueue([task(200, job="b", fingerprint="fb")])
+    given: list[int] = []
+    for _ in range(9):
+        for fingerprint in ("fa", "fb", "fa"):
+            given += shards(await queue.lease("w", fingerprint=fingerprint))
+    assert 200 in given
+
+
+async def what_expired_and_what_is_due_comes_back_when_a_full_worker_extends(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(tasks(3))
+    _, later = await queue.lease("dead", count=2)
+    await queue.retry(later, delay_s=5)
+    await bench.elapse(LEASE_S - 1)
+    living = await only(queue.lease("full"))
+    await bench.elapse(1)
+    assert await queue.extend([living]) == Extended()
+    assert await queue.depth() == Depth(0, 2, 1, 0, 0)
+
+
+async def what_is_released_is_not_charged(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(task(shard, job="released") for shard in range(30))
+    await queue.enqueue(task(shard, job="worked") for shard in range(100, 130))
+    for _ in range(2):
+        for lease in await queue.lease("w", count=10):
+            if lease.task.job == "released":
+                await queue.release(lease)
+            else:
+                await queue.finish(lease.task)
+    jobs = [lease.task.job for lease in await queue.lease("w", count=10)]
+    assert jobs[:5] == ["released"] * 5
+    assert Counter(jobs)["worked"] <= 3
+
+
+async def only_what_is_leased_can_be_dropped(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(tasks(2))
+    held, released = await queue.lease("w", count=2)
+    await queue.release(released)
+    assert not await queue.drop(released)
+    assert await queue.drop(held)
+    assert await queue.depth() == Depth(0, 1, 0, 0, 0)
+
+
 SCENARIOS: list[Scenario] = [
     an_old_lease_cannot_extend_a_later_one,
     an_old_lease_can_neither_release_nor_retry_a_later_one,
@@ -121,4 +186,9 @@ SCENARIOS: list[Scenario] = [
     a_lease_from_before_redis_lost_everything_is_lost,
     deliveries_count_until_there_is_progress,
     a_known_task_is_not_added_again,
+    a_clock_that_was_set_back_delays_what_is_due_by_no_more_than_it_was_given_for,
+    bulk_of_one_embedder_has_its_turns_whatever_others_take,
+    what_expired_and_what_is_due_comes_back_when_a_full_worker_extends,
+    what_is_released_is_not_charged,
+    only_what_is_leased_can_be_dropped,
 ]

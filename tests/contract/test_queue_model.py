@@ -119,11 +119,20 @@ class QueueModel(RuleBasedStateMachine):
             self.places[lease.task.shard].epoch = lease.epoch
         return multiple(*leases)
 
-    def _lease(self, count: int) -> list[int]:
+    def _back(self) -> None:
         for place in self.places.values():
             if place.state != "ready" and place.due_s <= self.now_s:
                 place.state = "ready"
                 self.join(place.task.job)
+
+    def _refund(self, task: Task) -> None:
+        jobs = self.turns[LANE_OF[task.job]].jobs
+        if jobs.get(task.job) == self.served[task.job]:
+            jobs[task.job] -= task.cost
+        self.served[task.job] -= task.cost
+
+    def _lease(self, count: int) -> list[int]:
+        self._back()
         taken: list[int] = []
         while len(taken) < count:
             lanes: list[Lane] = ["bulk", "live"] if (self.turn + 1) % 9 == 0 else ["live", "bulk"]
@@ -156,6 +165,7 @@ class QueueModel(RuleBasedStateMachine):
         if place:
             place.due_s = self.now_s + LEASE_S
             place.deliveries = 0 if progressed else place.deliveries
+        self._back()
 
     @rule(lease=given, delay_s=st.sampled_from([0, 10, 20]), counted=st.booleans(), again=twice)
     def hand_back(self, lease: Lease, delay_s: float, counted: bool, again: bool) -> None:
@@ -172,6 +182,7 @@ class QueueModel(RuleBasedStateMachine):
             place.attempts += bool(delay_s) and counted
             place.state, place.due_s = ("delayed", self.now_s + delay_s) if delay_s else ("ready", 0)
             if not delay_s:
+                self._refund(place.task)
                 self.join(place.task.job)
 
     @rule(shard=SHARDS, again=twice)

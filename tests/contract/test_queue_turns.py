@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -40,8 +43,8 @@ async def test_bulk_is_served_after_its_patience_however_slow_the_turns_are(benc
     queue = Queue(bench.connection, namespace=NAMESPACE, bulk_patience_s=60)
     await queue.enqueue([*tasks(3), *(task(shard, lane="live") for shard in range(100, 110))])
     assert [(await only(queue.lease("w"))).task.lane for _ in range(3)] == ["live"] * 3
-    served_ms = int(await bench.connection.command("HGET", f"{PREFIX}:meta", "bulk_served"))
-    await bench.connection.command("HSET", f"{PREFIX}:meta", "bulk_served", served_ms - 60_000)
+    served_ms = int(await bench.connection.command("HGET", f"{PREFIX}:meta", "bulk_served:"))
+    await bench.connection.command("HSET", f"{PREFIX}:meta", "bulk_served:", served_ms - 60_000)
     assert [(await only(queue.lease("w"))).task.lane for _ in range(3)] == ["bulk", "live", "live"]
 
 
@@ -137,10 +140,7 @@ async def test_a_paused_job_stays_paused_whatever_is_added_or_comes_back(bench: 
 async def test_a_forgotten_job_is_gone_with_its_leases_and_the_others_stay(bench: Bench) -> None:
     queue = bench.queue
     await queue.enqueue([*tasks(4), task(9, job="other")])
-    held, later, *_ = await queue.lease("w", count=2)
-    while held.task.job != "bulk" or later.task.job != "bulk":
-        await queue.release(later)
-        (later,) = await queue.lease("w")
+    held, later = [lease for lease in await queue.lease("w", count=3) if lease.task.job == "bulk"]
     await queue.retry(later, delay_s=5)
     assert await queue.forget(DATASET_ID, "bulk") == 4
     assert (await queue.extend([held])).lost == {held.task.id}
@@ -148,6 +148,67 @@ async def test_a_forgotten_job_is_gone_with_its_leases_and_the_others_stay(bench
     await bench.elapse(100)
     assert shards(await queue.lease("w", count=5)) == [9]
     assert await queue.forget(DATASET_ID, "bulk") == 0
+
+
+async def test_a_large_job_is_forgotten_in_blocks_between_which_nobody_gets_its_tasks(bench: Bench) -> None:
+    queue, execute, blocks = bench.queue, bench.connection.script, 0
+    await queue.enqueue([*tasks(2500), *(task(shard, job="other") for shard in range(5000, 5020))])
+    for lease in (await queue.lease("w", count=1500))[::2]:
+        await queue.retry(lease, delay_s=5)
+    others = next(job for job in await queue.jobs() if job.job == "other")
+
+    async def watched(name: str, keys: Sequence[str], arguments: Sequence[Any] = ()) -> Any:
+        nonlocal blocks
+        reply = await execute(name, keys, arguments)
+        if name == "scheduler/forget":
+            blocks += 1
+            assert reply[0] <= 1000
+            assert "bulk" not in {lease.task.job for lease in await queue.lease("w", count=1)}
+        return reply
+
+    with mock.patch.object(bench.connection, "script", watched):
+        assert await queue.forget(DATASET_ID, "bulk") == 2500
+    assert blocks > 5
+    (left,) = await queue.jobs()
+    assert (left.job, left.tasks, left.rows) == ("other", others.tasks, others.rows)
+    assert len(await bench.connection.command("KEYS", f"{PREFIX}:task:*")) == others.tasks
+    assert await queue.enqueue([task(7)]) == 1
+    assert not next(job for job in await queue.jobs() if job.job == "bulk").paused
+
+
+async def test_a_job_that_is_half_forgotten_is_paused_and_can_be_forgotten_again(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(tasks(1200))
+    await bench.connection.script("scheduler/forget", [PREFIX], [f"{DATASET_ID}:bulk", 0, "ready", "0"])
+    (job,) = await queue.jobs()
+    assert (job.paused, job.ready) == (True, 700)
+    assert await queue.lease("w") == []
+    assert await queue.forget(DATASET_ID, "bulk") == 700
+    assert await queue.jobs() == []
+
+
+async def test_a_large_queue_is_cleared_in_blocks(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue([*tasks(4500), *(task(shard, job=f"job {shard}") for shard in range(5000, 5020))])
+    await queue.lease("w", count=100)
+    forgotten, more = await bench.connection.script("scheduler/clear", [PREFIX])
+    assert 0 < forgotten <= 2000
+    assert more == 1
+    assert await queue.clear() == 4520 - forgotten
+    assert await bench.connection.command("KEYS", f"{PREFIX}*") == []
+
+
+async def test_a_job_whose_tasks_only_bounce_does_not_hold_up_another(bench: Bench) -> None:
+    queue = bench.queue
+    await queue.enqueue(task(shard, job="bounces") for shard in range(40))
+    await queue.enqueue(task(shard, job="works") for shard in range(100, 140))
+    worked = 0
+    for _ in range(20):
+        lease = await only(queue.lease("w"))
+        worked += lease.task.job == "works"
+        await queue.retry(lease, delay_s=1, counted=False)
+        await bench.elapse(1)
+    assert worked == 10
 
 
 async def test_only_a_job_that_has_been_idle_long_enough_is_retired(bench: Bench) -> None:

@@ -326,6 +326,7 @@ class LossyProxy:
     loss: float
     random: Random = field(default_factory=lambda: Random(5))
     lost: int = 0
+    serving: set[asyncio.Task[None] | None] = field(default_factory=set)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
@@ -335,8 +336,11 @@ class LossyProxy:
         finally:
             server.close()
             await server.wait_closed()
+            # Its clients are closed, so that each ends by itself.
+            await asyncio.wait_for(asyncio.gather(*filter(None, self.serving)), 10)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.serving.add(asyncio.current_task())
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target)
 
         async def upwards() -> None:
