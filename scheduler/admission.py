@@ -8,6 +8,7 @@ the key of every batch for the inbox.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -76,9 +77,9 @@ class Admitter:
         return not self._open.rows
 
     @property
-    def waiting(self) -> int:
-        """How many of the admitted that were counted wait for their shard to be closed."""
-        return sum(w.counted in ("new", "updated") for w in self._open.rows)
+    def waiting(self) -> Counter[str]:
+        """Of what was counted, by its kind: how much waits for its shard to be closed, and is nothing until then."""
+        return Counter(w.counted for w in self._open.rows)
 
     @property
     def open_bytes(self) -> int:

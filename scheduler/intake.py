@@ -141,7 +141,8 @@ class Intake:
         return block
 
     def _refuse(self, reject: Reject) -> ConfigurationError:
-        admitted = self._admitter.counts.admitted - self._admitter.waiting
+        waiting = self._admitter.waiting
+        admitted = self._admitter.counts.admitted - waiting["new"] - waiting["updated"]
         return ConfigurationError(
             f"{reject.place}: {reject.reason}; --strict stops here. {admitted:,} passages of this run were admitted before "
             "it and stay: mend the record and run the same command again"

@@ -19,6 +19,8 @@ LEASE_S = 30.0
 _BLOCK = 200
 _BULK_PATIENCE_S = 10.0
 _SILENCE_S = 300.0
+# A scheduler claims its inboxes every five seconds.
+_CLAIMED_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,21 @@ class WorkerReport:
     owner: str
     record: Mapping[str, Any]
     age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class InboxDepth:
+    """Messages that wait in an inbox, the dataset that it is admitted into, and since when no scheduler has said so."""
+
+    name: str
+    messages: int
+    dataset_id: str
+    dataset: str
+    silent_s: float
+
+    @property
+    def is_served(self) -> bool:
+        return self.silent_s < _CLAIMED_S
 
 
 class Queue:
@@ -216,6 +233,15 @@ class Queue:
     async def workers(self) -> list[WorkerReport]:
         reply = await self._script("workers")
         return [WorkerReport(str(owner), json.loads(record), int(age_ms) / 1000) for owner, record, age_ms in reply]
+
+    async def inboxes(self) -> list[InboxDepth]:
+        """Those that a scheduler has ever admitted, by name. A producer may not write that there is another one."""
+        reply = await self._script("inboxes")
+        return sorted(
+            (InboxDepth(str(name), int(waiting), str(id_), str(place), int(silent_ms) / 1000)
+             for name, waiting, id_, place, silent_ms in reply),
+            key=lambda inbox: inbox.name,
+        )  # fmt: skip
 
     async def clear(self) -> int:
         """Forget every task, lease and dead letter: for a queue with one owner, which rebuilds it from the dataset."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scheduler.queue import JobDepth, Queue, WorkerReport
+from scheduler.queue import InboxDepth, JobDepth, Queue, WorkerReport
 
 from ..messages import job_key
 from .progress import duration
@@ -16,10 +16,11 @@ _OLD_AFTER_SPANS = 2
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """One look at a queue: its jobs and its workers."""
+    """One look at a queue: its jobs, its workers and its inboxes."""
 
     jobs: Sequence[JobDepth]
     workers: Sequence[WorkerReport]
+    inboxes: Sequence[InboxDepth] = ()
 
     @property
     def leased(self) -> int:
@@ -52,7 +53,8 @@ async def look_at(queue: Queue, *, dataset_id: str | None = None, job: str | Non
     jobs = [
         depth for depth in await queue.jobs() if dataset_id in (None, depth.dataset_id) and job in (None, depth.job)
     ]
-    return Fleet(jobs, await queue.workers())
+    inboxes = [inbox for inbox in await queue.inboxes() if dataset_id in (None, inbox.dataset_id)]
+    return Fleet(jobs, await queue.workers(), inboxes)
 
 
 def rates_of(fleet: Fleet, *, dataset_id: str | None = None, job: str | None = None) -> Rates:
@@ -75,9 +77,15 @@ def fleet_lines(fleet: Fleet, rates: Rates) -> Iterator[str]:
     if backlog["tasks"]:
         oldest = f", the oldest for {duration(backlog['oldest_s'])}" if backlog["oldest_s"] else ""
         yield f"  backlog     {backlog['passages']:,} passages, about {backlog['tokens']:,} tokens{oldest}"
+    several = len({job.dataset_id for job in fleet.jobs}) > 1
     for job in fleet.jobs:
         words = f"{job.ready:,} ready, {job.leased:,} leased, {job.delayed:,} delayed, {job.rows:,} passages"
-        yield f"  job         {job.job} ({job.lane or 'bulk'}{', paused' if job.paused else ''}): {words}"
+        place = f" of {job.dataset}" if several else ""
+        yield f"  job         {job.job}{place} ({job.lane or 'bulk'}{', paused' if job.paused else ''}): {words}"
+    for inbox in fleet.inboxes:
+        served = f"admitted into {inbox.dataset}" if inbox.is_served else "no scheduler admits it"
+        if inbox.messages or inbox.is_served:
+            yield f"  inbox       {inbox.name}: {inbox.messages:,} messages wait, {served}"
     yield f"  workers     {len(fleet.workers):,}, {rate_words(rates)}"
     for worker in fleet.workers:
         yield f"              {worker_words(worker, rates)}"
@@ -109,6 +117,10 @@ def fleet_record(fleet: Fleet, rates: Rates) -> dict[str, Any]:
                 "oldest_s": round(job.oldest_s, 1),
             }
             for job in fleet.jobs
+        ],
+        "inboxes": [
+            {"name": inbox.name, "messages": inbox.messages, "dataset": inbox.dataset or None, "served": inbox.is_served}
+            for inbox in fleet.inboxes
         ],
         "workers": [
             {"owner": worker.owner, "age_s": round(worker.age_s, 1), **worker.record} for worker in fleet.workers

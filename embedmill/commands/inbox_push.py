@@ -17,6 +17,9 @@ import anyio
 import click
 from anyio import to_thread
 
+from embedmill.connection import Connection
+from scheduler.queue import Queue
+
 from ..documents import Reject, SourceDocument
 from ..errors import ConfigurationError, EmbedmillError, StorageError
 from ..producer import Producer
@@ -52,6 +55,7 @@ async def push_to_inbox(sources: tuple[str, ...], redis: str, options: dict[str,
             job=options["job"],
             lane=options["lane"] or "bulk",
         )
+        await _say_if_unserved(connection, options)
         with suppress(_Stopped):
             async with producer:
                 await _push_all(opened, producer, stop.asked, options, rejected)
@@ -74,6 +78,18 @@ async def push_to_inbox(sources: tuple[str, ...], redis: str, options: dict[str,
         if not finished:
             click.echo("stopped before the end: run the same command again to go on", err=True)
     return 3 if not finished else int(refused > 0)
+
+
+async def _say_if_unserved(connection: Connection, options: dict[str, Any]) -> None:
+    """The wait may be for ever when the name is wrong."""
+    inboxes = await Queue(connection, namespace=options["namespace"]).inboxes()
+    served = sorted(inbox.name for inbox in inboxes if inbox.is_served)
+    if options["inbox"] not in served:
+        others = f"there are: {', '.join(served)}" if served else "there is none at all"
+        click.echo(
+            f"embedmill: no scheduler admits an inbox {options['inbox']} on this Redis now ({others}); waiting for one",
+            err=True,
+        )
 
 
 class _Stopped(Exception):

@@ -93,18 +93,19 @@ async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str
                 # With --strict: of the block that ended it, shards may have been closed and not queued.
                 await reconcile(dataset, queue)
                 raise
-    counts = admitter.counts
+    # Interrupted, what waited for its shard is read again by whoever goes on.
+    counts, dropped = admitter.counts, admitter.waiting
+    new, changed = counts.new - dropped["new"], counts.updated - dropped["updated"]
     if as_json:
-        record = {"new": counts.new, "changed": counts.updated, "unchanged": counts.unchanged}
+        record = {"new": new, "changed": changed, "unchanged": counts.unchanged, "finished": intake.finished}
         click.echo(json.dumps({"dataset": to, **record, "rejected": intake.rejected, "remarks": intake.remarks}))
     else:
-        click.echo(
-            f"{to}: {counts.new:,} new, {counts.updated:,} changed, {counts.unchanged:,} unchanged documents queued"
-        )
+        click.echo(f"{to}: {new:,} new, {changed:,} changed, {counts.unchanged:,} unchanged documents queued")
         for path, count in intake.reject_files.items():
             click.echo(f"  rejected    {count:,}, listed with their lines in {path}")
     say_remarks(intake.remarks)
     if not intake.finished:
+        click.echo("stopped before the end: run the same command again to go on", err=True)
         return 3
     return int(intake.rejected > 0)
 

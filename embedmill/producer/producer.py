@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -11,15 +12,16 @@ from typing import Any
 
 import anyio
 
-from ..connection import Connection, key_prefix
+from ..connection import Connection, Unreachable, key_prefix
 from ..documents import SourceDocument
-from ..errors import ConfigurationError, InputRejected
+from ..errors import ConfigurationError, InputRejected, TransientError
 from ..inbox import MAX_DOCUMENT_BYTES, Receipt, check_inbox_name, check_key, encode_document, receipts_key
 from ..messages import LANES, NAME, Lane
 from .batches import Batches, SplitDocuments, names_of
 from .delivery import Delivery, Destination
 from .receipts import Receipts, ReceiptTotals
 
+_log = logging.getLogger("embedmill.producer")
 _MAX_BATCH_BYTES = 4 * MAX_DOCUMENT_BYTES
 
 
@@ -91,6 +93,7 @@ class Producer:
         else:
             connection = Connection(self._redis)
             self._stack.push_async_callback(connection.aclose)
+        await _require_usable(connection)
         delivery = Delivery(connection, self._batches, self._destination)
         parts: list[Callable[[], Awaitable[None]]] = [
             delivery.push_all,
@@ -221,3 +224,16 @@ def _fields_of(document: object) -> dict[str, Any]:
             f"unknown field {min(map(str, unknown))!r:.80}: what describes a document goes into metadata"
         )
     return {"id": None, **document}
+
+
+async def _require_usable(connection: Connection) -> None:
+    """Raises ConfigurationError for a server that refuses us, or may drop what waits in it. One that is away comes back."""
+    try:
+        policy = (await connection.check()).get("maxmemory_policy", "noeviction")
+    except (TransientError, Unreachable) as error:
+        _log.warning("%s; what is added meanwhile is pushed when it is back", error)
+        return
+    if policy != "noeviction":
+        raise ConfigurationError(
+            f"Redis may evict keys (maxmemory-policy {policy}), and documents with them: set it to noeviction"
+        )

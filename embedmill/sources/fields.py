@@ -12,7 +12,8 @@ Text:
 
 Metadata:
 - Every other field, as canonical JSON, at most 60 KiB: a Milvus JSON field takes 65,536 bytes.
-- A value that JSON cannot hold (NaN, infinity) rejects the record. Parquet's are converted: `embedmill.sources.parquet`.
+- A value that JSON cannot hold (NaN, infinity) rejects the record, and so does an integer of more than 64 bits, which Milvus
+  does not take. Parquet's are converted: `embedmill.sources.parquet`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MAX_METADATA_BYTES = 60 * 1024
 IMPLIED_ID_FIELDS = ("id", "_id")
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
+_LONG_DIGITS = re.compile(r"\d{19}")
 _SHOWN_FIELDS = 12
 
 
@@ -150,6 +152,8 @@ def encode_metadata(record: dict[str, object]) -> str:
         metadata = canonical_json(record)
     except (TypeError, ValueError, RecursionError):
         raise RecordRefused(f"metadata that JSON cannot hold in {name_unholdable(record)}") from None
+    if _LONG_DIGITS.search(metadata) and (field := _name_large_integer(record)):
+        raise RecordRefused(f"an integer of more than 64 bits in field {field!r:.80}: write it as a string")
     size = len(metadata) if metadata.isascii() else len(encode_text(metadata, what="the metadata"))
     if size > MAX_METADATA_BYTES:
         largest = max(record, key=lambda field: len(canonical_json({field: record[field]})))
@@ -157,6 +161,19 @@ def encode_metadata(record: dict[str, object]) -> str:
             f"the metadata takes {size} bytes, the limit is {MAX_METADATA_BYTES}; the largest field is {largest[:80]!r}"
         )
     return metadata
+
+
+def _name_large_integer(record: dict[str, object]) -> str | None:
+    """The field with an integer that Milvus and most readers of JSON cannot hold, at any depth."""
+
+    def is_large(value: object) -> bool:
+        if isinstance(value, dict):
+            return any(map(is_large, value.values()))
+        if isinstance(value, list | tuple):
+            return any(map(is_large, value))
+        return isinstance(value, int) and not -(2**63) <= value < 2**64
+
+    return next((field for field, value in record.items() if is_large(value)), None)
 
 
 def name_unholdable(record: dict[str, object]) -> str:

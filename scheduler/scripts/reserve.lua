@@ -41,6 +41,14 @@ if next(state) == nil and ARGV[10] == '' then return {-2} end
 local function ms(value) return string.format('%.3f', value) end
 local function whole(value) return math.max(0, math.ceil(value)) end
 
+-- A clock that was set back: what is noted for later than anybody can be told is of another time, and worth nothing.
+if (state.last or 0) > now + window + max_wait then
+  redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
+  state = { gate = now + window }
+  redis.call('HSET', KEYS[1], 'gate', ms(state.gate))
+  redis.call('PEXPIRE', KEYS[1], KEPT_MS)
+end
+
 local function limit(name, configured)
   local announced = state[name]
   if announced and now - state[name .. '_at'] < BELIEVED_MS and (configured == 0 or announced < configured) then

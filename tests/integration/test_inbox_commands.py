@@ -121,3 +121,43 @@ def test_what_cannot_be_meant_is_refused_in_a_line(
     ended = embedmill(*arguments, "--redis", redis_url)
     assert ended.status == 2
     assert reason in ended.stderr
+
+
+def test_a_push_to_an_inbox_that_nobody_admits_says_so_and_status_shows_those_there_are(
+    embedmill: Command, dataset: Dataset, python_docs: Corpus, redis_url: str
+) -> None:
+    serving = embedmill.start("scheduler", dataset.url, "--redis", redis_url)
+    pushing = embedmill.start("push", python_docs.path, "--inbox", "wikki", "--redis", redis_url, "--limit", "10")
+    assert pushing.stderr is not None
+    said = b""
+    while b"waiting until it is admitted" not in said:
+        line = pushing.stderr.readline()
+        assert line, said
+        said += line
+    assert b"no scheduler admits an inbox wikki" in said
+    assert (
+        f"inbox       wiki: 0 messages wait, admitted into {dataset.url}"
+        in embedmill("status", "--redis", redis_url).stdout
+    )
+    pushing.kill()
+    pushing.communicate()
+    stop(serving)
+
+
+def test_an_interrupted_push_counts_only_what_is_in_the_log(
+    embedmill: Command, dataset: Dataset, redis_url: str
+) -> None:
+    lines = b"".join(json.dumps({"id": f"d{n}", "text": f"text {n}"}).encode() + b"\n" for n in range(3000))
+    push = ("push", "-", "--to", dataset.url, "--redis", redis_url, "--json")
+    pushing = embedmill.start(*push, stdin=subprocess.PIPE)
+    assert pushing.stdin is not None
+    pushing.stdin.write(lines)
+    pushing.stdin.flush()
+    while len(dataset.admitted()) < 4:
+        time.sleep(0.05)
+    pushing.send_signal(signal.SIGTERM)
+    ended = finish(pushing)
+    assert ended.status == 3
+    assert "run the same command again" in ended.stderr
+    assert ended.record["finished"] is False
+    assert ended.record["new"] == len(logged_ids(dataset.url)) > 0

@@ -13,7 +13,7 @@ import pytest
 from embedmill.documents import Cursor, Reject, SourceDocument
 from embedmill.errors import ConfigurationError
 from embedmill.sources import FieldRules, RejectFile, open_source
-from embedmill.sources.fields import build_document
+from embedmill.sources.fields import RecordRefused, build_document, encode_metadata
 from embedmill.sources.pydoc import collect_passages
 
 
@@ -173,3 +173,14 @@ def test_a_resumed_reject_file_holds_each_reject_once_even_after_a_torn_write(tm
     assert [json.loads(line)["place"] for line in path.read_text().splitlines()] == [f"d:{n}" for n in range(1, 6)]
     assert resumed.resume(None) == 0
     assert not path.exists()
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1, {"a": [1, {"b": 10**30}]}])
+def test_an_integer_that_milvus_cannot_hold_is_refused_with_its_field(value: object) -> None:
+    with pytest.raises(RecordRefused, match="more than 64 bits in field 'n'"):
+        encode_metadata({"ok": 1, "n": value})
+
+
+def test_the_largest_integers_and_long_digits_in_strings_are_kept() -> None:
+    record: dict[str, object] = {"low": -(2**63), "high": 2**64 - 1, "text": "9" * 40, "share": 0.1234567890123456789}
+    assert json.loads(encode_metadata(record)) == record

@@ -148,14 +148,15 @@ def _load(name: str, device: str | None) -> SentenceTransformer:
     try:
         import torch
         from sentence_transformers import SentenceTransformer
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ConfigurationError(
             f"local/{name} needs sentence-transformers; install it with `pip install 'embedmill[transformers]'`"
         ) from error
     if _is_path(name) and not _expand(name).is_dir():
         raise ConfigurationError(f"local/{name}: there is no such folder; give one, or a name on the Hugging Face hub")
-    disable_progress_bar()
+    silent: Any = transformers_logging
+    silent.disable_progress_bar()
     # What goes wrong is said in one line, below.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
