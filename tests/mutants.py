@@ -49,12 +49,12 @@ class Mutant:
     seeds: range | None = None
 
 
-def script_mutant(script: str, text: str, replacement: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The script with `text`, which stands in it once, replaced."""
+def script_mutant(scripts: str, text: str, replacement: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The script, or several by names with blanks between, with `text`, which stands in each once, replaced."""
 
     def mutated(name: str) -> str:
         source = _script_text(name)
-        if name != f"scheduler/{script}":
+        if name not in {f"scheduler/{script}" for script in scripts.split()}:
             return source
         assert source.count(text) == 1, f"{name} has {text!r} {source.count(text)} times: the mutant is out of date"
         return source.replace(text, replacement)
@@ -135,10 +135,10 @@ MUTANTS = [
         _from(2),
     ),
     Mutant(
-        "lease without reclaim",
-        script_mutant("lease", "\nback(leased)\n", "\n"),
+        "nothing is ever reclaimed",
+        script_mutant("lease extend", "\nback(leased)\n", "\n"),
         queue.what_a_dead_worker_held_comes_back,
-        _from(1),
+        _from(0),
     ),
     Mutant(
         "reclaim that looks at one lease, and that the newest",
@@ -160,7 +160,7 @@ MUTANTS = [
         "deliveries that progress does not reset",
         script_mutant("extend", "if ARGV[i + 2] == '1' then", "if false then"),
         queue.deliveries_count_until_there_is_progress,
-        _from(14),
+        _from(11),
     ),
     Mutant(
         "enqueue that forgets that a task is known",
@@ -223,7 +223,9 @@ MUTANTS = [
         seeds=_from(0),
     ),
     Mutant(
-        "a scheduler that rebuilds nothing", _patched("scheduler.service.reconcile", _reconcile_nothing), seeds=_from(5)
+        "a scheduler that rebuilds nothing",
+        _patched("scheduler.service.reconcile", _reconcile_nothing),
+        seeds=_from(19),
     ),
     Mutant(
         "a scheduler that sweeps nothing",
