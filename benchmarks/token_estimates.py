@@ -31,9 +31,7 @@ _ALLOWED = 0.10
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 when the mean error after 20 requests is over a tenth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--corpus", type=Path, required=True, action="append", help="JSON Lines with `text`"
-    )
+    parser.add_argument("--corpus", type=Path, required=True, action="append", help="JSON Lines with `text`")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; else that of local/minilm")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)

@@ -14,10 +14,13 @@ from ..embedder import BatchLimits, Embedder
 from ..errors import ConfigurationError
 from ..models import Tier, find_tier
 
+REHEARSAL = "rehearsal"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """What the user asked for. rpm, tpm, concurrency override those of the tier."""
+    """What the user asked for. rpm, tpm, concurrency override those of the tier; rehearsed: a simulator answers, no key is
+    needed, and the vectors are of no model."""
 
     model: str
     dimensions: int | None = None
@@ -27,6 +30,18 @@ class ModelChoice:
     rpm: int | None = None
     tpm: int | None = None
     concurrency: int | None = None
+    rehearsed: bool = False
+
+    @property
+    def limits(self) -> Tier:
+        """The tier, but for what was said otherwise."""
+        tier = find_tier(self.tier or "free")
+        return Tier(tier.name, self.rpm or tier.requests, self.tpm or tier.tokens, self.concurrency or tier.concurrency)
+
+    @property
+    def key(self) -> str:
+        """Raises ConfigurationError where the environment has none."""
+        return REHEARSAL if self.rehearsed else key_from_environment()
 
 
 @asynccontextmanager
@@ -70,14 +85,14 @@ def make_budget(choice: ModelChoice, connection: Connection, *, namespace: str) 
     provider = choice.model.partition("/")[0]
     if provider in ("local", "null"):
         return Unlimited()
-    tier = find_tier(choice.tier or "free")
+    limits = choice.limits
     return Budget(
         connection,
         namespace=namespace,
-        key_id=key_id(provider, key_from_environment()),
-        rpm=choice.rpm or tier.requests,
-        tpm=choice.tpm or tier.tokens,
-        concurrency=choice.concurrency or tier.concurrency,
+        key_id=key_id(provider, choice.key),
+        rpm=limits.requests,
+        tpm=limits.tokens,
+        concurrency=limits.concurrency,
     )
 
 
@@ -87,15 +102,16 @@ def request_limits(model: str, tier: Tier) -> BatchLimits:
 
 
 def _make_jina(choice: ModelChoice) -> Embedder:
-    tier = find_tier(choice.tier or "free")
+    limits = choice.limits
     return JinaEmbedder(
         choice.model,
-        key=key_from_environment(),
+        key=choice.key,
         api_base=choice.api_base or API_BASE,
         dimensions=choice.dimensions,
         task=choice.task,
-        concurrency=choice.concurrency or tier.concurrency,
-        tokens_per_minute=choice.tpm or tier.tokens,
+        concurrency=limits.concurrency,
+        tokens_per_minute=limits.tokens,
+        revision=REHEARSAL if choice.rehearsed else "",
     )
 
 

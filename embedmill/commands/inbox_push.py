@@ -81,8 +81,11 @@ async def push_to_inbox(sources: tuple[str, ...], redis: str, options: dict[str,
 
 
 async def _say_if_unserved(connection: Connection, options: dict[str, Any]) -> None:
-    """The wait may be for ever when the name is wrong."""
-    inboxes = await Queue(connection, namespace=options["namespace"]).inboxes()
+    """The wait may be for ever when the name is wrong. A user who may only push cannot know."""
+    try:
+        inboxes = await Queue(connection, namespace=options["namespace"]).inboxes()
+    except EmbedmillError:
+        return
     served = sorted(inbox.name for inbox in inboxes if inbox.is_served)
     if options["inbox"] not in served:
         others = f"there are: {', '.join(served)}" if served else "there is none at all"

@@ -74,6 +74,7 @@ class RunRequest:
     limit: int | None
     dtype: str
     as_json: bool
+    rehearse: bool = False
 
 
 @click.command(epilog=_EPILOG)
@@ -83,6 +84,7 @@ class RunRequest:
 @click.option("--no-milvus", is_flag=True, help="Build the dataset only.")
 @shared("collection", "redis", "namespace", "job")
 @click.option("--limit", type=click.IntRange(min=1), help="Take so many documents only: a first bite.")
+@click.option("--rehearse", is_flag=True, help="Against a stand-in for the provider, here: nothing is sent or paid.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="As stored."
 )
@@ -94,11 +96,16 @@ def run(sources: tuple[str, ...], **options: Any) -> int:
     the dataset's folder.
     """
     request = _request(sources, options)
-    return anyio.run(_run, request)
+    return anyio.run(_rehearse if request.rehearse else _run, request)
 
 
 def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
-    to = options["to"] or _default_target(sources[0])
+    rehearse = options["rehearse"]
+    if rehearse and (options["api_base"] or options["model"].startswith(("local/", "null/"))):
+        raise ConfigurationError(
+            "--rehearse is for a provider's model, such as jina/jina-embeddings-v3, without --api-base"
+        )
+    to = options["to"] or _default_target(sources[0], kind="rehearsal" if rehearse else "vectors")
     if options["no_milvus"] and options["milvus"]:
         raise ConfigurationError("--milvus and --no-milvus exclude each other")
     check_job_name(options["job"])
@@ -110,7 +117,7 @@ def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
         rules=FieldRules(text_fields=split_names(options["text_field"]), id_field=options["id_field"]),
         chunking=make_chunking(options),
         strict=options["strict"],
-        choice=ModelChoice(**{name: options[name] for name in names}),
+        choice=ModelChoice(**{name: options[name] for name in names}, rehearsed=rehearse),
         redis=options["redis"],
         namespace=options["namespace"],
         milvus=milvus,
@@ -119,12 +126,34 @@ def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
         limit=options["limit"],
         dtype=options["dtype"],
         as_json=options["as_json"],
+        rehearse=rehearse,
     )
 
 
-def _default_target(source: str) -> str:
+def _default_target(source: str, *, kind: str) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).absolute().name if source != "-" else "stdin")
-    return f"./{name.split('.')[0].strip('-') or 'dataset'}-vectors"
+    return f"./{name.split('.')[0].strip('-') or 'dataset'}-{kind}"
+
+
+async def _rehearse(request: RunRequest) -> int:
+    """The same against a simulator of the provider that has the tier's limits, takes its time and is a little unwell."""
+    from ..rehearsal import Rehearsal, serve_rehearsal
+
+    limits = request.choice.limits
+    behaviour = Rehearsal(
+        rpm=limits.requests, tpm=limits.tokens, concurrency=limits.concurrency,
+        latency_ms=400, jitter_ms=100, ms_per_1k_tokens=40, error_503=0.005, drop_after=0.001,
+    )  # fmt: skip
+    async with serve_rehearsal(behaviour) as (api_base, simulator):
+        status = await _run(replace(request, choice=replace(request.choice, api_base=api_base)))
+        seen = simulator.stats()
+    words = ", ".join(f"{count:,} times {kind}" for kind, count in sorted(dict(seen["statuses"]).items()))  # type: ignore[call-overload]
+    click.echo(
+        f"embedmill: a rehearsal: the vectors mean nothing. The stand-in answered {words}, and would have billed"
+        f" {seen['tokens_billed']:,} tokens, {seen['tokens_billed_again']:,} of them for texts that it had billed before",
+        err=True,
+    )
+    return status
 
 
 async def _run(request: RunRequest) -> int:

@@ -86,3 +86,23 @@ def test_what_cannot_be_quoted_is_one_line(embedmill: Command, python_docs: Corp
         ended = embedmill("quote", *arguments)
         assert ended.status == 2
         assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_a_rehearsed_run_needs_no_key_tells_its_bill_and_its_vectors_go_nowhere_else(
+    embedmill: Command, python_docs: Corpus
+) -> None:
+    run = ("run", python_docs.path, *V3, "--dimensions", "16", "--tier", "paid", "--limit", "200", "--no-milvus")
+    ended = embedmill(*run, "--rehearse", "--json")
+    assert ended.status == 0, ended.output
+    assert ended.record["passages"]["embedded"] == 200
+    assert ended.record["dataset"].endswith("-rehearsal")
+    billed = re.search(r"would have billed ([\d,]+) tokens", ended.stderr)
+    assert billed is not None
+    # Before the documents, one small request tries the key.
+    assert 0 < int(billed[1].replace(",", "")) - ended.record["now"]["tokens"] < 20
+    real = embedmill(*run, "--to", ended.record["dataset"], environment={"JINA_API_KEY": "jina_0123456789"})
+    assert real.status == 2
+    assert "another embedder" in real.stderr
+    local = embedmill("run", python_docs.path, "--model", "null/8", "--rehearse")
+    assert local.status == 2
+    assert "--rehearse is for a provider's model" in local.stderr

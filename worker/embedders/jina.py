@@ -67,7 +67,7 @@ class JinaEmbedder:
     document, whose passages know of each other; embedding_type: how vectors travel, and what they are, see `EmbeddingType`;
     normalized: None for unit length where the model leaves a choice; truncate: whether longer texts are cut or refused
     (None: cut, but with late chunking); tokens_per_minute: the key's limit, so that one request stays a small part of it;
-    concurrency: requests in flight.
+    concurrency: requests in flight; revision: of the spec, where what answers is not Jina's own model.
     Raises ConfigurationError for a model, address or combination that cannot work; nothing is sent before.
     """
 
@@ -86,6 +86,7 @@ class JinaEmbedder:
         concurrency: int = 2,
         tokens_per_minute: int | None = None,
         attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
+        revision: str = "",
     ) -> None:
         self._model = find_model(model)
         self._model.check_late_chunking(late_chunking)
@@ -106,6 +107,7 @@ class JinaEmbedder:
         self.spec = EmbedderSpec(
             model=model,
             dimensions=self._dimensions,
+            revision=revision,
             max_input_tokens=self._model.max_input_tokens,
             options=self._options(document_task),
         )
