@@ -37,6 +37,8 @@ from .spend import SpendLog
 from .trials import FAILURES_TO_SUSPECT, SUSPECT_AFTER, Note, TrialNotes, suspects
 
 CHECKPOINT_EVERY_S = 2.0
+# Who is killed again and again, soon after its start, gets on all the same.
+_FIRST_CHECKPOINT_S = 0.5
 _log = logging.getLogger("embedmill.worker")
 
 
@@ -94,7 +96,8 @@ class ShardEmbedding:
         self._trouble: EmbedmillError | None = None
         self._halted = False
         self._left: list[Note] = []
-        self._delivery: str | None = None
+        self._keeping = anyio.Lock()
+        self._progressed = False
         self._origin: ShardOrigin
         self._results: ShardResults
         self._requests: ShardRequests
@@ -203,7 +206,7 @@ class ShardEmbedding:
             )
             await self._trials().run(owed)
         elif self._deliveries is None:
-            async with self._notes.standing(Note(())) as self._delivery:
+            async with self._notes.standing(Note(())):
                 await self._run_all(owed)
         else:
             await self._run_all(owed)
@@ -217,6 +220,7 @@ class ShardEmbedding:
             left=self._left,
             ids=self._ids,
             texts=self._texts,
+            permits=self._tools.permits,
             alone=self._tools.alone,
             keep=self._keep,
             stopping=lambda: self.stopping,
@@ -254,8 +258,10 @@ class ShardEmbedding:
                     self._trouble = self._trouble or error
 
     async def _keep_regularly(self) -> None:
+        wait_s = _FIRST_CHECKPOINT_S
         while True:
-            await anyio.sleep(CHECKPOINT_EVERY_S)
+            await anyio.sleep(wait_s)
+            wait_s = min(CHECKPOINT_EVERY_S, 2 * wait_s)
             try:
                 await self._keep()
             except StorageError as error:
@@ -263,6 +269,10 @@ class ShardEmbedding:
                 return
 
     async def _keep(self) -> None:
+        async with self._keeping:
+            await self._keep_unkept()
+
+    async def _keep_unkept(self) -> None:
         increment = self._results.take_unkept()
         if increment.empty:
             return
@@ -272,10 +282,10 @@ class ShardEmbedding:
             self._checkpoint.keep(increment)
             failpoint("worker.after_checkpoint")
             self._spend.add(self._shard, increment)
-            if self._delivery is not None:
-                # This delivery was not without progress.
-                self._notes.remove(self._delivery)
-                self._delivery = None
+            if self._deliveries is None and not self._progressed:
+                # This delivery was not without progress, and those before it count no more.
+                self._notes.forget_deliveries()
+                self._progressed = True
 
         try:
             await to_thread.run_sync(keep)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
@@ -39,8 +39,8 @@ _log = logging.getLogger("embedmill.worker")
 class Trials:
     """The trials of one delivery of one shard. left: the notes of earlier ones; ids, texts: of every row.
 
-    alone: while entered, nothing else of this process is in flight; keep: puts results into the checkpoint; stopping:
-    whether nothing more is to be sent.
+    permits: one for each request in flight; alone: while entered, nothing else of this process is in flight; keep: puts
+    results into the checkpoint; stopping: whether nothing more is to be sent.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Trials:
         left: Sequence[Note],
         ids: Sequence[tuple[str, int]],
         texts: Sequence[str],
+        permits: anyio.CapacityLimiter,
         alone: Callable[[], AbstractAsyncContextManager[None]],
         keep: Callable[[], Awaitable[None]],
         stopping: Callable[[], bool],
@@ -65,12 +66,14 @@ class Trials:
         self._left = left
         self._ids = ids
         self._texts = texts
+        self._permits = permits
         self._alone = alone
         self._keep = keep
         self._stopping = stopping
         self._draining = draining
         self._controlled = False
         self._failed_alone: list[EmbedmillError] = []
+        self._trouble: EmbedmillError | None = None
 
     async def run(self, owed: Sequence[int]) -> None:
         """Work off the owed rows. Raises TransientError and EmbedderFailed when some of them failed and are not buried."""
@@ -78,14 +81,34 @@ class Trials:
         # A tokenizer may be what ends the worker: its estimate is part of the trial, and bytes stand for tokens here.
         sizes = [len(self._texts[row].encode("utf-8", "surrogatepass")) // 2 + 1 for row in owed]
         died = deadly(self._left)
-        for rows in plan_trials(owed, sizes, self._left, limits=self._requester.embedder.limits):
+        limits = self._requester.embedder.limits
+        unsuspected, halves = plan_trials(owed, sizes, self._left, limits=limits)
+        waiting = iter(unsuspected)
+        async with anyio.create_task_group() as runners:
+            for _ in range(min(limits.concurrency, len(unsuspected))):
+                runners.start_soon(self._try_each, waiting)
+        for rows in halves if self._trouble is None else ():
             async with self._alone():
                 if len(rows) == 1 and rows[0] in died and not self._stopping():
                     await self._try_deadly(rows[0])
                 else:
                     await self._try(rows)
-        if self._failed_alone:
-            raise self._failed_alone[0]
+                await self._keep()
+        if self._trouble is not None or self._failed_alone:
+            raise self._trouble or self._failed_alone[0]
+
+    async def _try_each(self, waiting: Iterator[tuple[int, ...]]) -> None:
+        """Trouble in one lets the others finish what they have sent: it is paid for."""
+        while True:
+            async with self._permits:
+                done = self._trouble is not None or self._stopping()
+                rows = None if done else next(waiting, None)
+                if rows is None:
+                    return
+                try:
+                    await self._try(rows)
+                except EmbedmillError as error:
+                    self._trouble = self._trouble or error
 
     async def _try_deadly(self, row: int) -> None:
         left = await to_thread.run_sync(self._notes.left)
@@ -121,7 +144,6 @@ class Trials:
                 middle = (len(left) + 1) // 2
                 for half in filter(None, (left[:middle], left[middle:])):
                     await self._try(half)
-        await self._keep()
 
     @asynccontextmanager
     async def _noted(self, rows: Sequence[int]) -> AsyncIterator[None]:

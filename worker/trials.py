@@ -1,9 +1,10 @@
 """Which passage ends its worker, or fails for ever: planning, and the notes that outlive a worker.
 
-A shard whose worker died again and again without progress, or which failed again and again, is worked in trials, while
-nothing else of its process is in flight. A trial is noted durably for just as long as the embedder has its texts: waiting
-for the budget, or to try again, is outside. So a note that is left means that a process ended, or stands still, with just
-those rows. Whoever takes the shard next tries the rows of such a note in halves, until a row is alone.
+A shard whose worker died again and again without progress, or which failed again and again, is worked in trials. A trial is
+noted durably for just as long as the embedder has its texts: waiting for the budget, or to try again, is outside. So a note
+that is left means that a process ended, or stands still, with those rows in flight. Rows without such a note are tried as
+fast as ever, many requests at once. Whoever takes the shard after a death tries what was in flight in halves, while nothing
+else of its process is in flight, until a row is alone.
 
 A row alone is no proof: processes are killed for other reasons. So each trial of a suspect row alone follows a control: the
 canary, and then a wait several times as long as the trial, noted in the same way. A death in the trial counts against the
@@ -85,6 +86,13 @@ class TrialNotes:
                     _log.warning("%s/%s is no note of a trial; it is passed over", self._folder, name)
         return notes
 
+    def forget_deliveries(self) -> None:
+        """There is progress: deliveries that ended without it count no more."""
+        for name in self._store.names(self._folder):
+            key = f"{self._folder}/{name}"
+            if name.startswith(NOTE_PREFIX) and _is_delivery(self._store.read_or_none(key)):
+                self._store.delete(key)
+
     def write(self, note: Note) -> str:
         """Note a trial that is about to begin, or that failed; the note's key."""
         self._written += 1
@@ -110,23 +118,24 @@ class TrialNotes:
 
 def plan_trials(
     owed: Sequence[int], tokens: Sequence[int], left: Sequence[Note], *, limits: BatchLimits
-) -> list[tuple[int, ...]]:
-    """The rows of each trial, in order: unsuspected rows first, as requests hold them; then what died or failed, in halves.
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The rows of each trial: those that nothing is known against, as requests hold them; what died or failed, in halves.
 
     tokens: estimated, of each owed row.
     """
     smallest = _smallest_failed(left)
     clean = [position for position, row in enumerate(owed) if row not in smallest]
     packed = pack([tokens[position] for position in clean], limits=limits)
-    trials = [tuple(owed[clean[position]] for position in batch) for batch in packed]
+    unsuspected = [tuple(owed[clean[position]] for position in batch) for batch in packed]
+    halves: list[tuple[int, ...]] = []
     groups: dict[tuple[int, ...], list[int]] = {}
     for row in owed:
         if row in smallest:
             groups.setdefault(smallest[row], []).append(row)
     for failed, rows in sorted(groups.items(), key=lambda group: -len(group[0])):
         size = math.ceil(len(failed) / 2)
-        trials += [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
-    return trials
+        halves += [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return unsuspected, halves
 
 
 def suspects(left: Sequence[Note]) -> set[int]:
@@ -154,6 +163,14 @@ def control_wait_s(canary_s: float, *, canary: str, text: str) -> float:
     """How long to wait after the canary took `canary_s`: several times what `text` may take, both without their waits."""
     trial_s = max(_SHORTEST_TRIAL_S, canary_s * max(1.0, len(text) / len(canary)))
     return min(_LONGEST_CONTROL_S, CONTROL_TIMES * trial_s)
+
+
+def _is_delivery(data: bytes | None) -> bool:
+    try:
+        record = json.loads(data or b"{}")
+    except ValueError:
+        return False
+    return record.get("rows") == [] and not record.get("control")
 
 
 def _smallest_failed(left: Sequence[Note]) -> dict[int, tuple[int, ...]]:

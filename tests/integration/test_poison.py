@@ -110,14 +110,14 @@ async def test_a_queue_that_forgets_its_deliveries_does_not_keep_a_poison_passag
 async def test_nothing_is_buried_when_workers_are_killed_all_the_time(
     dataset: Dataset, queue: Queue, server_url: str
 ) -> None:
-    await owe(dataset, queue, *(texts_with(shard) for shard in range(2)))
+    await owe(dataset, queue, *(texts_with(shard) for shard in range(8)))
     arguments = ("--lease-s", "0.4", "--kill-s", "0.4", "--request-s", "0.1")
     workers = [start(server_url, *arguments, "--seed", str(seed)) for seed in range(2)]
     deaths = deaths_of(*workers, within_s=120)
     dataset = check(dataset)
     print(f"{deaths} kills")
     assert deaths > 5
-    for shard in range(2):
+    for shard in range(8):
         marker = dataset.marker(shard)
         assert marker is not None
         assert (marker.statuses == EMBEDDED).all()
