@@ -8,9 +8,10 @@ from tests.contract.inbox_scenarios import SCENARIOS as INBOX_SCENARIOS
 from tests.contract.queue_bench import Bench
 from tests.contract.queue_scenarios import SCENARIOS as QUEUE_SCENARIOS
 from tests.contract.queue_scenarios import Scenario
+from tests.contract.scheduler_scenarios import SCENARIOS as SCHEDULER_SCENARIOS
 from tests.mutants import MUTANTS, Mutant, mutants_for
 
-SCENARIOS = [*QUEUE_SCENARIOS, *INBOX_SCENARIOS]
+SCENARIOS = [*QUEUE_SCENARIOS, *INBOX_SCENARIOS, *SCHEDULER_SCENARIOS]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
