@@ -30,6 +30,7 @@ _log = logging.getLogger("embedmill.redis")
 _INCLUDE = "-- include:"
 _SILENCE_S = 5.0
 _FLOORS = {"Redis": (7, 0), "Valkey": (7, 2)}
+_CERTIFICATE_ADVICE = "it wants a certificate from us; add ssl_certfile=FILE&ssl_keyfile=FILE to the URL"
 _ACL_ADVICE = "docs/operations.md has the ACL rule that its user needs"
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
 _WRONG_NAME = (62, 64)
@@ -183,9 +184,9 @@ class Connection:
 
     async def _unusable(self, error: Exception, address: RedisAddress) -> ConfigurationError:
         """Why a service cannot start, or cannot yet."""
-        tls = clients.tls_trouble(error)
-        if tls is not None:
-            return ConfigurationError(f"no TLS with Redis at {self.shown}: {_tls_advice(tls)}")
+        tls = await _tls_trouble(error, address)
+        if tls:
+            return ConfigurationError(f"no TLS with Redis at {self.shown}: {tls}")
         if clients.refuses_login(error):
             return ConfigurationError(
                 f"Redis at {self.shown} refuses the login: {clients.reason(error)}; the URL has it, as in"
@@ -270,14 +271,23 @@ def _tls_hint(error: Exception, *, secure: bool) -> str:
     return ""
 
 
+async def _tls_trouble(error: Exception, address: RedisAddress) -> str:
+    """What to do about TLS; empty where TLS is not the trouble."""
+    tls = clients.tls_trouble(error)
+    if tls is not None:
+        return _tls_advice(tls)
+    hung_up = address.secure and "ssl_certfile" not in address.tls and clients.passes(error)
+    return _CERTIFICATE_ADVICE if hung_up and await clients.wants_certificate(address) else ""
+
+
 def _tls_advice(error: ssl.SSLError) -> str:
     text = clients.reason(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         if error.verify_code in _WRONG_NAME:
             return f"{error.verify_message}; use a name that is in its certificate, or add ?ssl_check_hostname=false"
         return f"its certificate is not trusted ({error.verify_message}); name its authority with ?ssl_ca_certs=FILE"
-    if "CERTIFICATE_REQUIRED" in text or "HANDSHAKE_FAILURE" in text:
-        return "it wants a certificate from us; add ssl_certfile=FILE&ssl_keyfile=FILE to the URL"
+    if clients.names_missing_certificate(error):
+        return _CERTIFICATE_ADVICE
     if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
         return "it does not speak TLS; write redis instead of rediss in front of ://"
     return text

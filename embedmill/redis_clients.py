@@ -6,8 +6,10 @@ retry follows it. ASK is never followed, since a script would run on the half of
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import redis.asyncio as aioredis
@@ -160,6 +162,35 @@ async def known_services(address: RedisAddress) -> set[str] | None:
         finally:
             await sentinel.aclose()
     return None
+
+
+async def wants_certificate(address: RedisAddress) -> bool:
+    """Whether the server hangs up on a TLS client that shows no certificate.
+
+    It says so only after the handshake, and resets the connection where a command came before its word. So none is sent
+    here. The server's own certificate is not looked at: it learns nothing from us.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    host, port = address.hosts[0]
+    try:
+        async with asyncio.timeout(_SENTINEL_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host, port, ssl=context)
+            try:
+                await reader.read(1)
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+    except ssl.SSLError as error:
+        return names_missing_certificate(error)
+    except (OSError, TimeoutError):
+        return False
+    return False
+
+
+def names_missing_certificate(error: ssl.SSLError) -> bool:
+    return "CERTIFICATE_REQUIRED" in str(error) or "HANDSHAKE_FAILURE" in str(error)
 
 
 def passes(error: BaseException) -> bool:
