@@ -1,16 +1,16 @@
-"""One process of the quota benchmark: sends requests of texts until it is told to stop, one of three ways.
+"""One process of the quota benchmark: sends requests of texts until it is told to stop, in one of these ways.
 
 budget    through the fleet's budget in Redis, as a worker does
 backoff   asyncio.gather and exponential backoff with jitter on every 429
 throttle  a limiter in this process with its share of the limits, as in OpenAI's cookbook: it counts down what is left and
           sleeps, and pauses for 15 s scaled after a 429
+calls     through the budget, without anything behind it: a request is a pause of its latency
 """
 
 from __future__ import annotations
 
 import json
 import random
-import resource
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -21,7 +21,9 @@ import anyio
 
 from embedmill.connection import Connection
 from embedmill.errors import RateLimited, TransientError
+from scheduler.breaker import Breaker
 from scheduler.budget import Budget
+from scheduler.keyring import Key, KeyRing
 from worker.attempts import embed_batch
 from worker.embedders.jina import JinaEmbedder
 
@@ -29,9 +31,10 @@ from .processes import say_result, wait_for_go
 
 _TEXTS = [text[start : start + 400] for text in topics.values() for start in range(0, len(text) - 400, 400)]
 _PAUSE_S = 15.0
-# As in a minute that lasts one.
-_SLACK_S = 0.25
+# As in a minute that lasts one: the budget's own.
+_SLACK_S, _AHEAD_S = 0.25, 5.0
 _BACKOFF_S = (0.5, 20.0)
+_LATENCY_S = 0.12
 
 Send = Callable[[list[str]], Awaitable[None]]
 
@@ -46,7 +49,9 @@ class Traffic:
         self.requests = 0
 
     def batch(self) -> list[str]:
-        """A third more or less than the mean."""
+        """A third more or less than the mean; none where tokens are not what is measured."""
+        if not self._tokens:
+            return []
         wanted = self._tokens * self._chance.uniform(0.65, 1.35)
         texts, tokens = [], 0.0
         while tokens < wanted:
@@ -58,15 +63,24 @@ class Traffic:
 async def _with_budget(traffic: Traffic, options: dict[str, Any]) -> Send:
     connection = Connection(options["redis"])
     limits = {name: options[name] for name in ("rpm", "tpm", "concurrency")}
+    scale = options["window_s"] / 60
     budget = Budget(
         connection, namespace=options["namespace"], key_id="k",
-        window_s=options["window_s"], slack_s=_SLACK_S * options["window_s"] / 60, **limits,
+        window_s=options["window_s"], slack_s=_SLACK_S * scale, max_wait_s=_AHEAD_S * scale, **limits,
     )  # fmt: skip
 
-    async def send(texts: list[str]) -> None:
-        await embed_batch(traffic.embedder, texts, budget=budget)
+    breaker = Breaker(connection, namespace=options["namespace"], key_id="k", api_base=options["api_base"])
+    ring = KeyRing(["rehearsal"], open_key=lambda secret: Key(secret, budget, breaker))
 
-    return send
+    async def send(texts: list[str]) -> None:
+        await embed_batch(traffic.embedder, texts, budget=ring)
+
+    async def pause(_texts: list[str]) -> None:
+        async with budget.reserve(1) as grant:
+            await anyio.sleep(_LATENCY_S)
+            grant.settle(1)
+
+    return pause if options["way"] == "calls" else send
 
 
 async def _with_backoff(traffic: Traffic, options: dict[str, Any]) -> Send:
@@ -120,7 +134,7 @@ async def _with_throttle(traffic: Traffic, options: dict[str, Any]) -> Send:
     return send
 
 
-_WAYS = {"budget": _with_budget, "backoff": _with_backoff, "throttle": _with_throttle}
+_WAYS = {"budget": _with_budget, "calls": _with_budget, "backoff": _with_backoff, "throttle": _with_throttle}
 
 
 async def _run(options: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +145,7 @@ async def _run(options: dict[str, Any]) -> dict[str, Any]:
     traffic = Traffic(embedder, tokens=options["tokens"], seed=options["seed"])
     send = await _WAYS[options["way"]](traffic, options)
     wait_for_go()
+    began_cpu_s = time.process_time()
     deadline = time.monotonic() + options["seconds"]
 
     async def slot() -> None:
@@ -142,9 +157,9 @@ async def _run(options: dict[str, Any]) -> dict[str, Any]:
         async with anyio.create_task_group() as group:
             for _ in range(options["slots"]):
                 group.start_soon(slot)
+    spent_s = time.process_time() - began_cpu_s
     await embedder.aclose()
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"requests": traffic.requests, "cpu_s": usage.ru_utime + usage.ru_stime, "error": embedder.estimator.error}
+    return {"requests": traffic.requests, "sending_cpu_s": spent_s, "error": embedder.estimator.error}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,11 @@ class EmbedderSpec:
         """Whether a vector is bits, eight dimensions to a byte, instead of float32."""
         return self.options.get("embedding_type") in ("binary", "ubinary")
 
+    @property
+    def late_chunking(self) -> bool:
+        """Whether the vector of a passage depends on the other passages of its document."""
+        return self.options.get("late_chunking") is True
+
     def require_floats(self) -> None:
         """Raises ConfigurationError for vectors that a dataset cannot store."""
         if self.packs_bits:
@@ -67,12 +72,18 @@ class BatchLimits:
 
     max_inputs: passages; max_tokens: estimated tokens, counted as passages times the longest one when `padded`
     (local models pay for padding) and as their sum otherwise; concurrency: requests in flight that make sense.
+    least_tokens: what a request should hold, since the key's requests per minute would run out before its tokens
+    otherwise; most_inputs: passages that it may have for that (0: max_inputs). alone_tokens: a passage of so many goes
+    alone, so that its bill says whether it was cut (0: none does).
     """
 
     max_inputs: int
     max_tokens: int
     padded: bool
     concurrency: int
+    least_tokens: int = 0
+    most_inputs: int = 0
+    alone_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,29 @@ class Embedding:
     vectors: NDArray[np.float32]
     billed_tokens: int
     truncated: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class RefusesLong(Protocol):
+    """An embedder that can also refuse texts over the model's limit instead of cutting them."""
+
+    def refusing_long(self) -> Embedder:
+        """The same embedder, for requests in which nothing is cut. Closed with the one that it comes from."""
+        ...
+
+
+@runtime_checkable
+class EmbedsTogether(Protocol):
+    """An embedder with late chunking: a document request is one document, or a window of one."""
+
+    @property
+    def window_tokens(self) -> int:
+        """The most that a window may hold, as `planned_tokens` counts."""
+        ...
+
+    def planned_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens by a rule that learns nothing, so that the same document always makes the same windows."""
+        ...
 
 
 class Embedder(Protocol):
@@ -111,3 +145,12 @@ class Embedder(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class TakesKeys(Protocol):
+    """An embedder whose requests may go with any of several API keys of one owner. Others know nothing of keys."""
+
+    async def embed_with(self, key: str, texts: Sequence[str], *, role: Role = "document") -> Embedding:
+        """As `Embedder.embed`, with this key."""
+        ...

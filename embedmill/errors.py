@@ -5,14 +5,18 @@
     ├── TransientError            try again, with backoff
     │   ├── RateLimited           waits; never spends an attempt
     │   ├── Overloaded            the other side is busy or broken for now
+    │   ├── BatchPending          a batch is still with the provider: look again later, nothing is wrong
     │   └── OutcomeUnknown        the request may have been executed and billed
     ├── InputRejected             this request's content is refused: bisect, then dead letter
+    │   ├── InputTooLong          over the model's limit, as one text or together
+    │   ├── TooManyInputs         smaller requests from now on
     │   └── RequestTooLarge       bisect too, but a single passage stops the job
     ├── EmbedderFailed            not foreseen: try again, find the passage, then dead letter
     ├── JobFatalError             stop, say why, lose nothing, exit 3
-    │   ├── InvalidKey
-    │   ├── NoBalance             pause the job, too
-    │   └── PassageTooLarge       pause the job; others go on
+    │   ├── InvalidKey            pause the job, too, unless other workers have other keys
+    │   ├── NoBalance             likewise
+    │   ├── PassageTooLarge       pause the job; others go on
+    │   └── CapReached            the same, until its cap is raised
     ├── StorageError              stop, say what to free or allow, go on later
     ├── CorruptStore              stop, name the object
     ├── ObjectExists              somebody else created it first: adopt it
@@ -78,6 +82,12 @@ class Overloaded(TransientError):
     code = "overloaded"
 
 
+class BatchPending(TransientError):
+    """What was handed to a provider's batch endpoint is not done yet. `retry_after_s` says when to look again."""
+
+    code = "batch_pending"
+
+
 class OutcomeUnknown(TransientError):
     """A timeout or a connection lost after sending: it may have been executed, so its estimate is charged."""
 
@@ -88,6 +98,22 @@ class InputRejected(EmbedmillError):
     """The provider refuses this request because of its content. Alone in a request, the passage becomes a dead letter."""
 
     code = "input_rejected"
+
+
+class InputTooLong(InputRejected):
+    """A text, or with late chunking all texts of a request together, has more tokens than the model takes."""
+
+    code = "too_long"
+
+
+class TooManyInputs(InputRejected):
+    """The provider takes fewer texts, or fewer bytes, in one request. `allowed`: how many texts, where it says so."""
+
+    code = "too_many_inputs"
+
+    def __init__(self, message: str, *, allowed: int | None = None) -> None:
+        super().__init__(message)
+        self.allowed = allowed
 
 
 class RequestTooLarge(InputRejected):
@@ -124,6 +150,25 @@ class PassageTooLarge(JobFatalError):
     """The limits of the key or of the provider never allow a request for one passage of the job."""
 
     code = "passage_too_large"
+
+
+class CapReached(JobFatalError):
+    """What the job's cap of tokens leaves is less than the request may count. A smaller one may pass.
+
+    `limit` is the cap that was reached.
+    """
+
+    code = "cap_reached"
+
+    def __init__(self, message: str, *, limit: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+class BatchHeld(JobFatalError):
+    """Nobody can tell whether a batch was accepted, or what it is worth: sending it again might pay twice."""
+
+    code = "batch_held"
 
 
 class StorageError(EmbedmillError):

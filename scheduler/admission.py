@@ -21,10 +21,11 @@ from embedmill.failpoints import failpoint
 from embedmill.messages import Lane, Task
 
 from .batches import Closed, OpenBatches
+from .gathering import Gathering, adjacent_places, has_same_metadata, have_same_texts, reason_against_group
 from .groups import Groups
 from .log_view import LogView, Newest
 from .open_shard import OpenShard, Waiting
-from .readings import AdmissionCounts, Batch, Reading, Taken
+from .readings import AdmissionCounts, Batch, Gathered, Reading, Taken
 
 MAX_SHARD_TEXT_BYTES = 64 * 1024 * 1024
 # Records that the open shard decided on are kept until it is closed; it is closed at so many times its rows.
@@ -58,6 +59,8 @@ class Admitter:
         self._readings: dict[str, Reading] = {}
         self._batches = OpenBatches(self._log)
         self._groups = Groups()
+        self._gathering = Gathering()
+        self._admits_whole_groups = dataset.info.embedder.late_chunking
         self._removed_some = False
         # The record at hand, those since the last close that the open shard decided on, and how many races were lost.
         self._taking: Taken | None = None
@@ -77,6 +80,11 @@ class Admitter:
         return not self._open.rows
 
     @property
+    def is_gathering(self) -> bool:
+        """Passages wait for the last one of their document, which late chunking admits as a whole."""
+        return bool(self._gathering.held)
+
+    @property
     def waiting(self) -> Counter[str]:
         """Of what was counted, by its kind: how much waits for its shard to be closed, and is nothing until then."""
         return Counter(w.counted for w in self._open.rows)
@@ -87,7 +95,9 @@ class Admitter:
 
     def holds(self, ids: Iterable[str], *, key: str) -> bool:
         """True when the open shard has one of these ids, or documents of this batch."""
-        return self._open.holds(ids) or key in self._batches
+        wanted = set(ids)
+        waiting = any(p.id in wanted or p.group in wanted for p in self._gathering.records)
+        return waiting or self._open.holds(wanted) or key in self._batches
 
     def reading(self, push_key: str, *, beside: Collection[str] = ()) -> tuple[str, Cursor | None]:
         """Under which key and from where a source is to be read, see `DatasetIndex.reading`.
@@ -119,17 +129,17 @@ class Admitter:
         def close() -> None:
             keep()
             result.tasks.extend(self.close_shard())
-            self._log.look_up(records[taken - 1 :])
+            self._log.look_up([*self._at_hand(), *records[taken - 1 :]])
 
-        self._log.look_up(records)
-        ids = [record.id for record in records if isinstance(record, SourceDocument)]
+        self._log.look_up([*self._gathering.records, *records])
+        held = self._gathering.records
+        ids = [record.id for record in (*held, *records) if isinstance(record, SourceDocument)]
         self._unchanged = {(push_key, id_) for id_ in self._index.unchanged_before(push_key, ids)}
         before = len(self._unchanged)
         reading = self._readings.setdefault(push_key, Reading(push_key, name, Cursor()))
         for record in records:
             taken += 1
-            reject = self._take_record(reading, record, close)
-            if reject is not None:
+            for _, reject in self._take_record(reading, record, close):
                 self.counts.rejected += 1
                 result.rejects.append(reject)
             if self._is_full():
@@ -152,9 +162,9 @@ class Admitter:
 
         def close() -> None:
             closed.append(self.close_batches())
-            self._log.look_up(records[taken - 1 :], keys=keys)
+            self._log.look_up([*self._at_hand(), *records[taken - 1 :]], keys=keys)
 
-        self._log.look_up(records, keys=keys)
+        self._log.look_up([*self._gathering.records, *records], keys=keys)
         for batch in batches:
             reading, earlier = self._batches.add(batch)
             for record in batch.records:
@@ -167,14 +177,15 @@ class Admitter:
                     reading.cursor = record.cursor
                     self._count(reading, "repeated")
                     continue
-                reject = self._take_record(reading, record, close)
-                if reject is not None:
-                    self._count(reading, "rejected")
-                    batch.rejects.append(reject)
+                for refused, reject in self._take_record(reading, record, close):
+                    self._add(refused, "rejected", 1)
+                    if refused.batch is not None:
+                        refused.batch.rejects.append(reject)
                 if self._is_full():
                     reading.complete = record is batch.records[-1]
                     close()
-            reading.complete = True
+            # A document that ends in a later message keeps this one waiting.
+            reading.complete = all(gathered.reading is not reading for gathered in self._gathering.held)
         if self.is_empty:
             closed.append(self._batches.give_back([]))
         return closed
@@ -211,33 +222,108 @@ class Admitter:
 
     def _take_record(
         self, reading: Reading, record: SourceDocument | Reject, close: Callable[[], None]
-    ) -> Reject | None:
-        """Take one record; what is to be refused. `close` is called for shards that it fills before its end."""
-        taking = self._taking = Taken(reading, record, reading.cursor)
+    ) -> list[tuple[Reading, Reject]]:
+        """Take one record; what is to be refused, and of which reading. `close` is called for shards that it fills before
+        its end. With late chunking, a passage waits for the last one of its document."""
+        if not self._admits_whole_groups:
+            return self._take_at_hand(Taken(reading, record, reading.cursor), close)
+        refused = [] if self._gathering.is_continued_by(record) else self._give_up_gathered(reading)
+        if isinstance(record, SourceDocument) and record.group is not None and not record.last:
+            self._gathering.hold(reading, record)
+            return refused
+        return refused + self._take_at_hand(
+            Taken(reading, record, reading.cursor, earlier=self._gathering.take()), close
+        )
+
+    def _take_at_hand(self, taking: Taken, close: Callable[[], None]) -> list[tuple[Reading, Reject]]:
+        self._taking = taking
         self._decided_here = False
+        reading, record = taking.reading, taking.record
         races = -1
         while self._races != races:
             # Rows that it had put into the open shard were lost with a race, and are not in the journal yet.
             races = self._races
             self._take_back(taking)
-            self._make_room(reading, record, close)
+            self._make_room(taking, close)
+        for gathered in taking.earlier:
+            gathered.reading.cursor = gathered.passage.cursor
+            gathered.reading.complete = gathered.reading is not reading
         reading.cursor = record.cursor
-        reject = self._judge(reading, record)
-        if self._decided_here and reject is None:
+        rejects = self._judge(taking)
+        if self._decided_here and not rejects:
             self._journal.append(taking)
         self._taking = None
-        return reject
+        return rejects
 
-    def _judge(self, reading: Reading, record: SourceDocument | Reject) -> Reject | None:
+    def _give_up_gathered(self, reading: Reading) -> list[tuple[Reading, Reject]]:
+        """The last passage of a document did not come: something else did, or the same batch once more."""
+        rejects: list[tuple[Reading, Reject]] = []
+        for gathered in self._gathering.take():
+            passage = gathered.passage
+            gathered.reading.cursor = passage.cursor
+            gathered.reading.complete = gathered.reading is not reading
+            if gathered.reading is not reading and gathered.reading.key == reading.key:
+                self._add(gathered.reading, "repeated", 1)
+                continue
+            reason = f"the other passages of {passage.group!r} did not follow it, and late chunking needs all of them"
+            rejects.append((gathered.reading, Reject(passage.place, reason, passage.cursor, passage.id)))
+        return rejects
+
+    def _at_hand(self) -> list[SourceDocument]:
+        """Passages of the document at hand that were read before its last one."""
+        earlier = self._taking.earlier if self._taking is not None else ()
+        return [*self._gathering.records, *(gathered.passage for gathered in earlier)]
+
+    def _judge(self, taking: Taken) -> list[tuple[Reading, Reject]]:
+        reading, record = taking.reading, taking.record
         if isinstance(record, Reject):
-            return record
+            return [(reading, record)]
+        if self._admits_whole_groups and record.group is not None:
+            return self._judge_together(taking.passages)
         if record.group is None:
             reason = self._take(reading, record)
         else:
             reason = self._groups.refusal(reading.key, record.group) or self._take(reading, record)
             if reason:
                 self._groups.refuse(reading.key, record.group, reason)
-        return Reject(record.place, reason, record.cursor, record.id) if reason else None
+        return [(reading, Reject(record.place, reason, record.cursor, record.id))] if reason else []
+
+    def _judge_together(self, gathered: Sequence[Gathered]) -> list[tuple[Reading, Reject]]:
+        """Put all passages of a document into the open shard, pass over all of them, or refuse them."""
+        known = [self._newest(g.passage.id) for g in gathered]
+        if self._is_logged_together(gathered, known):
+            for g in gathered:
+                self._count(g.reading, "repeated")
+            return []
+        reason = self._reason_against_together(gathered, known)
+        if reason:
+            return [(g.reading, Reject(g.passage.place, reason, g.passage.cursor, g.passage.id)) for g in gathered]
+        same = not self._removed_some and self._has_same_texts(gathered, known)
+        if same and has_same_metadata(gathered, known):
+            for g in gathered:
+                self._pass_over(g.reading, g.passage.id)
+            return []
+        places = adjacent_places(known) if same else [None] * len(known)
+        for g, newest, place in zip(gathered, known, places, strict=True):
+            self._put_version(g.reading, g.passage, newest, carried=place)
+        return []
+
+    def _is_logged_together(self, gathered: Sequence[Gathered], known: Sequence[Newest | None]) -> bool:
+        if not self._log.is_logged(gathered[-1].reading, gathered[-1].passage.cursor):
+            return False
+        return not any(self._was_given_up(g.passage, newest) for g, newest in zip(gathered, known, strict=True))
+
+    def _reason_against_together(self, gathered: Sequence[Gathered], known: Sequence[Newest | None]) -> str | None:
+        reason = reason_against_group(gathered, shard_rows=self._dataset.info.shard_rows)
+        reasons = (
+            self._reason_against(g.reading, g.passage, newest) for g, newest in zip(gathered, known, strict=True)
+        )
+        return reason or next(filter(None, reasons), None)
+
+    def _has_same_texts(self, gathered: Sequence[Gathered], known: Sequence[Newest | None]) -> bool:
+        return have_same_texts(gathered, known) and not any(
+            self._log.is_cancelled(newest.place) for newest in known if newest is not None
+        )
 
     def _take(self, reading: Reading, record: SourceDocument, *, removed: bool = False) -> str | None:
         """Put a document into the open shard, or pass over it; the reason when it is refused.
@@ -255,19 +341,27 @@ class Admitter:
             self._delete(reading, record, newest, removed=removed)
             return None
         text_hash, metadata_hash = record.text_hash, record.metadata_hash
-        version, counted, carried = 1, "new", None
+        carried = None
         if newest is not None:
             alive = not newest.deleted and not self._log.is_cancelled(newest.place)
             same_text = alive and newest.text_hash == text_hash
             if same_text and (newest.metadata_hash, newest.group) == (metadata_hash, record.group):
                 self._pass_over(reading, record.id)
                 return None
-            version, counted, carried = newest.version + 1, "updated", newest.place if same_text else None
-        passage = Passage(
-            record.id, record.text, record.metadata, version, text_hash, metadata_hash, False, record.group
-        )
-        self._put(Waiting(reading, passage, carried, len(record.text.encode()), counted))
+            if same_text and not (self._admits_whole_groups and newest.group is not None):
+                carried = newest.place
+        self._put_version(reading, record, newest, carried=carried)
         return None
+
+    def _put_version(
+        self, reading: Reading, record: SourceDocument, newest: Newest | None, *, carried: tuple[int, int] | None
+    ) -> None:
+        version, counted = (1, "new") if newest is None else (newest.version + 1, "updated")
+        passage = Passage(
+            record.id, record.text, record.metadata, version, record.text_hash, record.metadata_hash, False,
+            record.group,
+        )  # fmt: skip
+        self._put(Waiting(reading, passage, carried, len(record.text.encode()), counted))
 
     def _was_given_up(self, record: SourceDocument, newest: Newest | None) -> bool:
         """It is this very text that a cancelled job has left without a vector."""
@@ -319,13 +413,13 @@ class Admitter:
     def _count(self, reading: Reading, kind: str) -> None:
         self._add(reading, kind, 1)
         if self._taking is not None:
-            self._taking.counted.append(kind)
+            self._taking.counted.append((reading, kind))
 
     def _take_back(self, taken: Taken) -> None:
-        for kind in taken.counted:
-            self._add(taken.reading, kind, -1)
-        if "unchanged" in taken.counted and isinstance(taken.record, SourceDocument):
-            self._unchanged.discard((taken.reading.key, taken.record.id))
+        for reading, kind in taken.counted:
+            self._add(reading, kind, -1)
+        if any(kind == "unchanged" for _, kind in taken.counted):
+            self._unchanged.difference_update((g.reading.key, g.passage.id) for g in taken.passages)
         taken.counted.clear()
 
     def _add(self, reading: Reading, kind: str, count: int) -> None:
@@ -333,39 +427,69 @@ class Admitter:
         if reading.batch is not None:
             reading.batch.counts.add(kind, count)
 
-    def _make_room(self, reading: Reading, record: SourceDocument | Reject, close: Callable[[], None]) -> None:
+    def _make_room(self, taking: Taken, close: Callable[[], None]) -> None:
         """Before the last passage of a document: remove the passages that its new version no longer has.
 
         They go before it, so that a cursor behind it is a cursor behind them. `close` is called for each shard that they
         fill, and looks up anew what is not taken yet.
         """
         self._removed_some = False
+        reading, record = taking.reading, taking.record
         if isinstance(record, Reject):
             return
         group = record.id if record.group is None else record.group
         if record.group is not None:
-            self._groups.see(reading.key, group, record.id)
-        if not record.last:
-            return
+            for gathered in taking.passages:
+                self._groups.see(reading.key, group, gathered.passage.id)
         former = {id_ for id_ in self._log.members(group) | self._open.members(group) if self._belongs(id_, group)}
-        if record.group is None and not former:
+        if not record.last or (record.group is None and not former):
             return
         if self._log.is_logged(reading, record.cursor) or self._groups.refusal(reading.key, group):
             return
         if self._reason_against(reading, record, self._newest(record.id)):
             return
         whole = self._newest(group)
-        was_whole = whole is not None and whole.group is None
-        for id_ in self._groups.no_longer(record, former, was_whole=was_whole):
-            gone = SourceDocument(id_, "", _NO_METADATA, record.cursor, record.place, deleted=True, group=record.group)
-            before = len(self._open.rows)
-            self._take(reading, gone, removed=True)
-            self._removed_some = self._removed_some or len(self._open.rows) > before
-            if self._is_full():
-                races = self._races
-                close()
-                if self._races != races:
-                    return
+        gone = self._groups.no_longer(record, former, was_whole=whole is not None and whole.group is None)
+        if self._admits_whole_groups and record.group is not None:
+            self._make_room_together(taking.passages, gone, close)
+            return
+        for id_ in gone:
+            if self._remove(reading, record, id_, close):
+                return
+
+    def _make_room_together(self, gathered: Sequence[Gathered], ids: Sequence[str], close: Callable[[], None]) -> None:
+        """Room for all passages of a document in the open shard, with the last of those that it no longer has.
+
+        Whoever reads the document again after a crash finds that one there still, so that the others are embedded anew.
+        """
+        known = [self._newest(g.passage.id) for g in gathered]
+        if self._reason_against_together(gathered, known):
+            return
+        reading, record = gathered[-1].reading, gathered[-1].passage
+        gone = [id_ for id_ in ids if (newest := self._newest(id_)) is not None and not newest.deleted]
+        for id_ in gone[:-1]:
+            if self._remove(reading, record, id_, close):
+                return
+        same = not gone and self._has_same_texts(gathered, known) and has_same_metadata(gathered, known)
+        rows = len(self._open.rows) + len(gathered) + len(gone[-1:])
+        if not same and self._open.rows and rows > self._dataset.info.shard_rows:
+            races = self._races
+            close()
+            if self._races != races:
+                return
+        for id_ in gone[-1:]:
+            self._take(reading, _tombstone(record, id_), removed=True)
+            self._removed_some = True
+
+    def _remove(self, reading: Reading, record: SourceDocument, id_: str, close: Callable[[], None]) -> bool:
+        """Remove a passage that a document no longer has; True when the open shard was lost with a race."""
+        before = len(self._open.rows)
+        self._take(reading, _tombstone(record, id_), removed=True)
+        self._removed_some = self._removed_some or len(self._open.rows) > before
+        races = self._races
+        if self._is_full():
+            close()
+        return self._races != races
 
     def _belongs(self, id_: str, group: str) -> bool:
         """The passage is this document's still: another one may have taken its id over."""
@@ -389,15 +513,18 @@ class Admitter:
         at_hand, self._taking = self._taking, None
         self._races += 1
         self._open.clear()
-        ends = {taken.reading: taken.reading.cursor for taken in journal}
+        ends = {reading: reading.cursor for taken in journal for reading in taken.readings}
         for taken in reversed(journal):
             self._take_back(taken)
             taken.reading.cursor = taken.before
+            for gathered in reversed(taken.earlier):
+                gathered.reading.cursor = gathered.before
         tasks: list[Task] = []
         done = 0
 
         def look_up() -> None:
-            self._log.look_up([taken.record for taken in journal[max(0, done - 1) :]], keys=self._batches.keys)
+            left = [record for taken in journal[max(0, done - 1) :] for record in taken.records]
+            self._log.look_up([*left, *self._at_hand()], keys=self._batches.keys)
 
         def close() -> None:
             tasks.extend(self.close_shard())
@@ -406,9 +533,9 @@ class Admitter:
         look_up()
         for taken in journal:
             done += 1
-            reject = self._take_record(taken.reading, taken.record, close)
-            if reject is not None:
-                self._refuse_late(taken.reading, reject)
+            again = Taken(taken.reading, taken.record, taken.reading.cursor, earlier=taken.earlier)
+            for refused, reject in self._take_at_hand(again, close):
+                self._refuse_late(refused, reject)
             if self._is_full():
                 close()
         for reading, end in ends.items():
@@ -433,3 +560,8 @@ class Admitter:
             self._dataset.url, info.id, shard, self._job, rows, self._open.text_bytes, self._lane,
             info.embedder.fingerprint,
         )  # fmt: skip
+
+
+def _tombstone(record: SourceDocument, id_: str) -> SourceDocument:
+    """What stands for a passage that the document of `record` no longer has."""
+    return SourceDocument(id_, "", _NO_METADATA, record.cursor, record.place, deleted=True, group=record.group)

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -21,24 +21,46 @@ from typing import Literal, Protocol
 import anyio
 
 from embedmill.connection import Connection, key_prefix
-from embedmill.errors import Overloaded, RateLimited, RequestTooLarge
+from embedmill.errors import EmbedmillError, Overloaded, RateLimited, RequestTooLarge
+from embedmill.messages import Lane
+
+from .slices import Line, Member, Often
 
 log = logging.getLogger("embedmill.budget")
 
 _SETTLE_WITHIN_S = 5.0
+# Of a process that sends often: what is asked and what is settled in between goes into one call.
+_ASK_EVERY_S, _SETTLE_EVERY_S = 0.02, 0.005
+Busy = Callable[[str], Awaitable[bool]]
+"""Whether requests of the last window are known of, for a key by its id."""
+Spent = Callable[[str], Awaitable[int]]
+"""Tokens that a key, by its id, is known to have been billed in the last window."""
 _NO_PERMIT = 1
 _WITHOUT_MEMORY = -2
+_LIMIT_WORDS = {
+    "requests": ("requests a minute", "--rpm"),
+    "tokens": ("tokens a minute", "--tpm"),
+    "concurrency": ("requests at a time", "--concurrency"),
+}
 
 
 @dataclass(slots=True)
 class Grant:
-    """Leave to send one request now. Say how it ended before leaving; left unsaid, the whole estimate is charged."""
+    """Leave to send one request now. Say how it ended before leaving; left unsaid, the whole estimate is charged.
+
+    secret: the API key to send it with, where the budget has several; key_id: what stands for it; error: what the request
+    ended with; other_key: set on leaving, where that was a refusal of the key and there are others.
+    """
 
     est_tokens: int
     op: str = field(default_factory=lambda: uuid.uuid4().hex)
     outcome: Literal["used", "unknown", "unsent", "limited"] = "unsent"
     actual_tokens: int = 0
     refusal: RateLimited | None = None
+    secret: str = field(default="", repr=False)
+    key_id: str = ""
+    error: EmbedmillError | None = None
+    other_key: bool = False
 
     def settle(self, actual_tokens: int) -> None:
         """The provider counted so many tokens; 0 for a request that was refused or not executed."""
@@ -50,20 +72,24 @@ class Grant:
 
 
 class RequestBudget(Protocol):
-    """Where requests wait for their turn. key_id: what stands for the API key in logs, "" where there is none."""
+    """Where requests wait for their turn. key_ids: what stands for the API keys in logs, none where there are none;
+    trouble: why nothing can be sent at the moment, for people."""
 
     @property
-    def key_id(self) -> str: ...
+    def key_ids(self) -> tuple[str, ...]: ...
 
-    def reserve(self, est_tokens: int) -> AbstractAsyncContextManager[Grant]:
+    @property
+    def trouble(self) -> str: ...
+
+    def reserve(self, est_tokens: int, *, lane: Lane = "bulk") -> AbstractAsyncContextManager[Grant]:
         """Enter when the request may be sent; leave to settle it. Raises RequestTooLarge for what can never be sent."""
         ...
 
-    async def restore(self, spent_tokens: int) -> None:
+    async def restore(self, spent: Spent) -> None:
         """Charge tokens of the last window to a budget that does not remember them."""
         ...
 
-    def remember_by(self, busy: Callable[[], Awaitable[bool]]) -> None:
+    def remember_by(self, busy: Busy) -> None:
         """Ask `busy` whether requests of the last window are known of, when Redis has lost the budget.
 
         Then it is born closed for one window.
@@ -78,16 +104,17 @@ class RequestBudget(Protocol):
 class Unlimited:
     """No limits: local models."""
 
-    key_id = ""
+    key_ids: tuple[str, ...] = ()
+    trouble = ""
 
     @asynccontextmanager
-    async def reserve(self, est_tokens: int) -> AsyncIterator[Grant]:
+    async def reserve(self, est_tokens: int, *, lane: Lane = "bulk") -> AsyncIterator[Grant]:
         yield Grant(est_tokens, outcome="unknown")
 
-    async def restore(self, spent_tokens: int) -> None:
+    async def restore(self, spent: Spent) -> None:
         """Nothing is limited, so nothing is remembered."""
 
-    def remember_by(self, busy: Callable[[], Awaitable[bool]]) -> None:
+    def remember_by(self, busy: Busy) -> None:
         """Nor is it looked up."""
 
     async def keep_alive(self) -> None:
@@ -118,6 +145,8 @@ class Budget:
         holder_s: float = 20.0,
     ) -> None:
         self.key_id = key_id
+        self.key_ids = (key_id,)
+        self.trouble = ""
         self._connection = connection
         self._limits = {"requests": rpm or 0, "tokens": tpm or 0, "concurrency": concurrency or 0}
         self._window_ms = window_s * 1000
@@ -126,32 +155,36 @@ class Budget:
         self._holder_s = holder_s
         self._held: set[str] = set()
         self._keys = [f"{prefix}:{part}" for part in ("state", "holders", "grants", "window")]
-        # Only one task of this process asks at a time: the others are behind it anyway, and asking costs a round trip.
-        self._turn = anyio.Lock()
-        self._permit_back = anyio.Event()
+        self._keys.append(f"{key_prefix(namespace)}:budgets")
+        self._often = Often()
+        # Live does not stand behind bulk: each lane asks for itself, and the script knows who goes first.
+        self._asking: dict[Lane, _Asking] = {"live": _Asking(self, "live"), "bulk": _Asking(self, "bulk")}
+        self._settling: Line[Grant] = Line(self._settle_all, ready=self._gather_settlements)
         self._closed_until = -math.inf
-        self._busy: Callable[[], Awaitable[bool]] | None = None
+        self._busy: Busy | None = None
 
-    def remember_by(self, busy: Callable[[], Awaitable[bool]]) -> None:
+    def remember_by(self, busy: Busy) -> None:
         self._busy = busy
 
     @asynccontextmanager
-    async def reserve(self, est_tokens: int) -> AsyncIterator[Grant]:
+    async def reserve(self, est_tokens: int, *, lane: Lane = "bulk") -> AsyncIterator[Grant]:
         """Wait for a turn, then hold a permit while the body runs.
 
         Cancelled while waiting, nothing is charged; cancelled in the body, the estimate is.
         Raises RequestTooLarge when the request alone exceeds a whole window's tokens, Overloaded without Redis.
         """
-        grant = Grant(max(1, est_tokens))
+        grant = Grant(max(1, est_tokens), key_id=self.key_id)
+        self._often.count()
         try:
-            await self._wait_for_turn(grant)
+            await self._wait_for_turn(grant, lane)
             grant.outcome = "unknown"
             yield grant
         finally:
             self._held.discard(grant.op)
             with anyio.CancelScope(shield=True), anyio.move_on_after(_SETTLE_WITHIN_S):
                 await self._settle(grant)
-            self._permit_back.set()
+            for asking in self._asking.values():
+                asking.permit_is_back()
 
     async def keep_alive(self) -> None:
         while True:
@@ -164,19 +197,20 @@ class Budget:
                 except Overloaded as error:
                     log.warning("permits were not kept: %s", error)
 
-    async def restore(self, spent_tokens: int) -> None:
+    async def restore(self, spent: Spent) -> None:
         """Charge what was sent in the last window to a budget that has no memory of it, as after a loss of Redis."""
         limit = self._limits["tokens"]
+        spent_tokens = await spent(self.key_id) if limit else 0
         if spent_tokens <= 0 or not limit or await self._connection.command("EXISTS", self._keys[0]):
             return
         async with self.reserve(min(spent_tokens, limit)):
             pass
 
-    async def _wait_for_turn(self, grant: Grant) -> None:
+    async def _wait_for_turn(self, grant: Grant, lane: Lane) -> None:
         while True:
-            wait_s = await self._granted(grant)
+            start_s = await self._asking[lane].granted(grant)
             self._held.add(grant.op)
-            await anyio.sleep(wait_s)
+            await anyio.sleep_until(start_s)
             if self._closed_until <= anyio.current_time():
                 return
             # Another task's refusal closed the key meanwhile: a later turn must be counted where it falls.
@@ -184,63 +218,136 @@ class Budget:
             await self._settle(grant)
             grant.op = uuid.uuid4().hex
 
-    async def _granted(self, grant: Grant) -> float:
-        """Seconds until the start that was given."""
-        request = [grant.op, grant.est_tokens, *self._limits.values(), *self._times_ms]
+    async def reserve_slice(self, lane: Lane, grants: Sequence[Grant]) -> list[tuple[int, ...]]:
+        """The replies of the script for the first of these grants, at least one."""
         known: Literal["", 0, 1] = "" if self._busy is not None else 0
-        async with self._turn:
-            while True:
-                self._permit_back = anyio.Event()
-                granted, *rest = await self._connection.script("scheduler/reserve", self._keys, [*request, known])
-                if granted == _WITHOUT_MEMORY and self._busy is not None:
-                    known = 1 if await self._busy() else 0
-                    if known:
-                        log.warning("the budget was lost, and requests were sent in its last window: closed for one")
-                    continue
-                wait_ms, *rest = rest
-                if granted < 0:
-                    raise RequestTooLarge(
-                        f"a request of about {grant.est_tokens} tokens can never be sent: this key may send {wait_ms} per"
-                        " minute; make passages shorter, or raise --tpm to what the key allows"
-                    )
-                if granted:
-                    self._note_gate(rest[0])
-                    return float(wait_ms) / 1000
-                await self._wait(wait_ms / 1000, for_permit=rest[0] == _NO_PERMIT)
+        asked = [part for grant in grants for part in (grant.op, grant.est_tokens)]
+        while True:
+            args = [self.key_id, *self._limits.values(), *self._times_ms, known, lane, *asked]
+            replies = await self._connection.script("scheduler/reserve", self._keys, args)
+            if replies[0][0] != _WITHOUT_MEMORY or self._busy is None:
+                return [tuple(map(int, reply)) for reply in replies]
+            known = 1 if await self._busy(self.key_id) else 0
+            if known:
+                log.warning("the budget was lost, and requests were sent in its last window: closed for one")
 
-    async def _wait(self, seconds: float, *, for_permit: bool) -> None:
-        # The jitter keeps the workers of a fleet from asking in step.
-        jittered = seconds * random.uniform(1.0, 1.5) if for_permit else seconds + random.uniform(0, 0.02)
-        if not for_permit:
-            await anyio.sleep(jittered)
-            return
-        with anyio.move_on_after(jittered):
-            await self._permit_back.wait()
+    @property
+    def in_slices(self) -> bool:
+        """Requests are so many that asking for each would cost more than waiting some milliseconds."""
+        return bool(self._often) and not any(asking.for_permit for asking in self._asking.values())
+
+    async def _gather_settlements(self) -> None:
+        if self.in_slices:
+            await anyio.sleep(_SETTLE_EVERY_S)
 
     async def _settle(self, grant: Grant) -> None:
-        refusal = grant.refusal or RateLimited("")
-        wait_ms = -1 if refusal.retry_after_s is None else math.ceil(refusal.retry_after_s * 1000)
-        args: list[str | int | float] = [
-            grant.op,
-            grant.outcome,
-            grant.actual_tokens,
-            refusal.limit,
-            refusal.allowed or 0,
-            wait_ms,
-            self._limits.get(refusal.limit, 0),
-            self._window_ms,
-        ]
         try:
-            _, gate_ms = await self._connection.script("scheduler/settle", self._keys, args)
+            await self._settling.join(grant)
         except Overloaded:
             # The permit comes back when the holder expires, and the estimate stays charged: safe, only slower.
             log.warning("could not settle a request's budget; its permit comes back by itself")
-        else:
-            self._note_gate(gate_ms)
 
-    def _note_gate(self, gate_ms: int) -> None:
+    async def _settle_all(self, members: Sequence[Member[Grant]]) -> None:
+        await self.settle_slice([member.item for member in members])
+        for member in members:
+            member.done = True
+
+    async def settle_slice(self, grants: Sequence[Grant]) -> None:
+        """Settle these grants as they ended, in one call. Raises Overloaded."""
+        args: list[str | int | float] = [self._window_ms, *self._limits.values()]
+        for grant in grants:
+            refusal = grant.refusal or RateLimited("")
+            wait_ms = -1 if refusal.retry_after_s is None else math.ceil(refusal.retry_after_s * 1000)
+            args += [grant.op, grant.outcome, grant.actual_tokens, refusal.limit, refusal.allowed or 0, wait_ms]
+        gate_ms, *news = await self._connection.script("scheduler/settle", self._keys, args)
+        self.note_gate(gate_ms)
+        for limit, named in zip(news[::2], news[1::2], strict=True):
+            log.warning("%s", limit_words(str(limit), int(named), configured=self._limits[str(limit)]))
+
+    def note_gate(self, gate_ms: int) -> None:
         if gate_ms > 0:
             self._closed_until = max(self._closed_until, anyio.current_time() + gate_ms / 1000)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One that waits for leave; start_s: when it may be sent, on this process' clock, once it has leave."""
+
+    grant: Grant
+    start_s: float = math.inf
+
+
+class _Asking:
+    """The requests of one lane that wait for leave. for_permit: it is permits that they wait for."""
+
+    def __init__(self, budget: Budget, lane: Lane) -> None:
+        self._budget = budget
+        self._lane: Lane = lane
+        self._line: Line[_Request] = Line(self._ask, ready=self._until_it_helps)
+        self._not_before_s = self._asked_s = -math.inf
+        self._permit_back = anyio.Event()
+        self.for_permit = False
+
+    async def granted(self, grant: Grant) -> float:
+        """The start that was given, on this process' clock."""
+        request = _Request(grant)
+        await self._line.join(request)
+        return request.start_s
+
+    def permit_is_back(self) -> None:
+        self._permit_back.set()
+
+    async def _until_it_helps(self) -> None:
+        if self.for_permit:
+            with anyio.move_on_after(self._not_before_s - anyio.current_time()):
+                await self._permit_back.wait()
+            return
+        slice_s = self._asked_s + _ASK_EVERY_S if self._budget.in_slices else -math.inf
+        await anyio.sleep_until(max(self._not_before_s, slice_s))
+
+    async def _ask(self, members: Sequence[Member[_Request]]) -> None:
+        self._permit_back = anyio.Event()
+        self._asked_s, self.for_permit, self._not_before_s = anyio.current_time(), False, -math.inf
+        replies = await self._budget.reserve_slice(self._lane, [member.item.grant for member in members])
+        now = anyio.current_time()
+        unwanted = []
+        for member, (status, *rest) in zip(members, replies, strict=False):
+            if status < 0:
+                member.error = _too_large(member.item.grant, allowed=rest[0])
+            elif status == 0:
+                self._wait(rest[0] / 1000, for_permit=rest[1] == _NO_PERMIT)
+            elif member.gone:
+                unwanted.append(member.item.grant)
+            else:
+                self._budget.note_gate(rest[1])
+                member.item.start_s = now + rest[0] / 1000
+                member.done = True
+        if unwanted:
+            await self._budget.settle_slice(unwanted)
+
+    def _wait(self, seconds: float, *, for_permit: bool) -> None:
+        # The jitter keeps the workers of a fleet from asking in step.
+        jittered = seconds * random.uniform(1.0, 1.5) if for_permit else seconds + random.uniform(0, 0.02)
+        self._not_before_s, self.for_permit = anyio.current_time() + jittered, for_permit
+
+
+def limit_words(limit: str, named: int, *, configured: int) -> str:
+    """What a refusal's limit means for a key that is configured otherwise."""
+    unit, option = _LIMIT_WORDS[limit]
+    if configured and named > configured:
+        return (
+            f"the provider allows {named:,} {unit}, {configured:,} are configured: somebody else may be using this key;"
+            f" {option} raises what is used"
+        )
+    than = f"not {configured:,} as configured ({option})" if configured else f"and none is configured ({option})"
+    return f"the provider allows {named:,} {unit}, {than}: that is used from now on"
+
+
+def _too_large(grant: Grant, *, allowed: int) -> RequestTooLarge:
+    return RequestTooLarge(
+        f"a request of about {grant.est_tokens} tokens can never be sent: this key may send {allowed} per minute;"
+        " make passages shorter, or raise --tpm to what the key allows"
+    )
 
 
 def key_id(provider: str, key: str) -> str:

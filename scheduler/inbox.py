@@ -238,9 +238,10 @@ class InboxAdmission:
             del self._filling[oldest]
         return self._filling[job]
 
-    def _since(self, job: str) -> float:
-        since = self._filling[job].since
-        return float("-inf") if since is None else since
+    def _since(self, job: str) -> tuple[bool, float]:
+        """What is inside of a document comes last: its passages would have to be read again."""
+        filling = self._filling[job]
+        return filling.admitter.is_gathering, float("-inf") if filling.since is None else filling.since
 
     async def _close(self, job: str) -> None:
         filling = self._filling[job]

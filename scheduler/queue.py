@@ -118,7 +118,8 @@ class Queue:
         lease_s: float = LEASE_S,
         bulk_patience_s: float = _BULK_PATIENCE_S,
     ) -> None:
-        self._connection = connection
+        self.connection = self._connection = connection
+        self.namespace = namespace
         self._prefix = key_prefix(namespace)
         self._bulk_patience_ms = int(bulk_patience_s * 1000)
         self.lease_s = lease_s

@@ -53,14 +53,40 @@ class Reading:
     complete: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A passage of a document that is admitted as a whole. before: how far its reading was when it was read."""
+
+    reading: Reading
+    passage: SourceDocument
+    before: Cursor
+
+
 @dataclass(slots=True, eq=False)
 class Taken:
     """A record whose fate depends on rows of the open shard: it is judged anew when these rows lose a race.
 
-    before: how far its reading was before it; counted: as what it was, and the rows that it made.
+    before: how far its reading was before it; counted: as what it was, and the rows that it made; earlier: the other
+    passages of its document, where they are admitted together.
     """
 
     reading: Reading
     record: SourceDocument | Reject
     before: Cursor
-    counted: list[str] = field(default_factory=list)
+    counted: list[tuple[Reading, str]] = field(default_factory=list)
+    earlier: tuple[Gathered, ...] = ()
+
+    @property
+    def passages(self) -> list[Gathered]:
+        """All that are admitted together, this record included."""
+        if isinstance(self.record, Reject):
+            return []
+        return [*self.earlier, Gathered(self.reading, self.record, self.before)]
+
+    @property
+    def readings(self) -> list[Reading]:
+        return [*(gathered.reading for gathered in self.earlier), self.reading]
+
+    @property
+    def records(self) -> list[SourceDocument | Reject]:
+        return [*(gathered.passage for gathered in self.earlier), self.record]

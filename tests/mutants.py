@@ -21,6 +21,7 @@ from embedmill.inbox import InboxMessage
 from embedmill.messages import Announcement, DeadLetter, Task
 from scheduler.inbox import InboxAdmission, _MessageBatch
 from scheduler.queue import Queue
+from tests.contract import cap_scenarios as caps
 from tests.contract import inbox_scenarios as inbox
 from tests.contract import queue_scenarios as queue
 from tests.contract import scheduler_scenarios as scheduler
@@ -234,6 +235,76 @@ MUTANTS = [
         # What is left over does not show in the simulation until somebody dies at the right place: in one seed of many.
         _patched("scheduler.housekeeping.Housekeeping.sweep", lambda _self: None),
         scheduler.what_a_worker_left_of_a_committed_shard_is_swept,
+    ),
+    Mutant(
+        "a cap that forgets what is under way",
+        script_mutant("cap_reserve", " and spent + held + most <= limit then", " then"),
+        caps.workers_together_never_hold_more_than_the_cap_leaves,
+    ),
+    Mutant(
+        "a cap for which nobody waits",
+        script_mutant("cap_reserve", "if spent + most > limit then", "if spent + held + most > limit then"),
+        caps.what_others_give_back_is_there_at_once_and_what_never_fits_is_refused,
+    ),
+    Mutant(
+        "a request that is charged each time it is settled",
+        script_mutant("cap_settle", "  redis.call('HDEL', KEYS[3], ARGV[1])\n", ""),
+        caps.a_request_is_charged_once_with_what_it_was_billed,
+    ),
+    Mutant(
+        "a hold for each time of asking",
+        script_mutant("cap_reserve", "if redis.call('HEXISTS', KEYS[3], op) == 1 then", "if false then"),
+        caps.asking_again_for_one_request_holds_it_once,
+    ),
+    Mutant(
+        "what a dead worker held stays held",
+        script_mutant("cap_reserve", "redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', whole(now), 'LIMIT', 0, 100)", "{}"),
+        caps.a_dead_workers_hold_comes_back_but_for_what_it_may_have_cost,
+    ),
+    Mutant(
+        "what a dead worker sent is free",
+        script_mutant("cap_reserve", "spent + tonumber(their_doubtful)", "spent"),
+        caps.a_dead_workers_hold_comes_back_but_for_what_it_may_have_cost,
+    ),
+    Mutant(
+        "holds that expire while their worker lives",
+        script_mutant("cap_keep", "  if not unknown then redis.call('ZADD'", "  if false then redis.call('ZADD'"),
+        caps.a_living_workers_hold_stays,
+    ),
+    Mutant(
+        "an account that begins at nothing",
+        _patched("embedmill.dataset.spending.SpendLogs.charged", lambda _logs, _job, with_markers=False: 0),
+        caps.an_account_that_was_lost_is_read_from_the_spend_logs,
+    ),
+    Mutant(
+        "an account that does not take up what others hold",
+        script_mutant("cap_keep", "  if unknown and birth", "  if false and birth"),
+        caps.an_account_that_was_lost_learns_what_living_workers_hold,
+    ),
+    Mutant(
+        "an account that is open as soon as it is born",
+        script_mutant("cap_reserve", "now + tonumber(ARGV[7])", "now"),
+        caps.an_account_that_was_lost_learns_what_living_workers_hold,
+    ),
+    Mutant(
+        "what was sent before the account was lost is free",
+        script_mutant("cap_settle", "elseif charge ~= '0' and", "elseif false and"),
+        caps.what_was_under_way_when_the_account_was_lost_is_charged_once,
+    ),
+    Mutant(
+        "what ends while the logs are read is free",
+        script_mutant("cap_settle", "redis.call('HINCRBY', KEYS[1], 'late', charge)", ""),
+        caps.what_ends_while_the_logs_are_read_is_charged,
+    ),
+    Mutant(
+        "a cap that believes its own account alone",
+        script_mutant("cap_reserve", "if ARGV[6] ~= '' then spent", "if false then spent"),
+        caps.logs_that_know_of_more_are_believed,
+    ),
+    Mutant(
+        "what is logged and not settled is charged twice",
+        script_mutant("cap_reserve", "tonumber(ARGV[6]) - held)", "tonumber(ARGV[6]))"),
+        caps.what_is_logged_and_not_settled_yet_is_not_charged_twice,
     ),
 ]
 

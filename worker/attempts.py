@@ -1,7 +1,8 @@
 """The only place that tries a request again inside a process.
 
 Being rate-limited never spends an attempt and is waited out, bounded by nothing but cancellation: the budget says when.
-Anything else that may pass is tried a bounded number of times; what cannot pass goes up at once.
+Anything else that may pass is tried a bounded number of times, and all retries of a process together are a small share of
+its requests, so that a provider in trouble is not sent more than one that is well. What cannot pass goes up at once.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
-from embedmill.embedder import Embedder, Embedding, Role
+from embedmill.embedder import Embedder, Embedding, Role, TakesKeys
 from embedmill.errors import EmbedderFailed, EmbedmillError, OutcomeUnknown, RateLimited, TransientError
+from embedmill.messages import Lane
 from scheduler.budget import Grant, RequestBudget
+from scheduler.caps import UNCAPPED, Cap
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,32 @@ class RetryPolicy:
     base_s: float = 0.5
     cap_s: float = 20.0
     limited_cap_s: float = 5.0
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """How many retries a process may make: `share` of a retry for each request that goes well, and one in `every_s`, so that
+    a process with little to do is not stuck. left: so many at first; most: that are ever saved up."""
+
+    left: float = 10.0
+    most: float = 20.0
+    share: float = 0.1
+    every_s: float = 10.0
+    _counted_at_s: float = field(default_factory=time.monotonic)
+
+    def earn(self) -> None:
+        """A request went well."""
+        self.left = min(self.most, self.left + self.share)
+
+    def take(self) -> bool:
+        """Whether one more retry may be made."""
+        now_s = time.monotonic()
+        self.left = min(self.most, self.left + (now_s - self._counted_at_s) / self.every_s)
+        self._counted_at_s = now_s
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +86,43 @@ async def embed_batch(
     budget: RequestBudget,
     role: Role = "document",
     est_tokens: int | None = None,
+    lane: Lane = "bulk",
+    cap: Cap = UNCAPPED,
     sending: Sending = nullcontext,
     on_event: Callable[[Attempt], None] | None = None,
     policy: RetryPolicy = DEFAULT_POLICY,
+    retries: RetryBudget | None = None,
 ) -> Embedding:
     """Embed `texts` in one request, tried until it passes or cannot.
 
-    est_tokens: of the whole request, when the caller knows it. `sending` is around each request, `on_event` is called
-    after it. Raises Overloaded or OutcomeUnknown after `policy.max_attempts` failures; InputRejected, EmbedderFailed,
-    JobFatalError and ConfigurationError at once. Cancelled, a request in flight is charged with its estimate.
+    est_tokens: of the whole request, when the caller knows it; cap: of the job that pays. `sending` is around each
+    request, `on_event` is called after it; retries: of the whole process. Raises Overloaded or OutcomeUnknown after
+    `policy.max_attempts` failures, or when no retries are left; InputRejected, EmbedderFailed, JobFatalError and
+    ConfigurationError at once, a refusal of the key once no other key is left. Cancelled, a request in flight is charged
+    with its estimate.
     """
     if est_tokens is None:
         est_tokens = sum(await anyio.to_thread.run_sync(embedder.estimate_tokens, texts))
 
     async def attempt() -> Embedding:
-        async with budget.reserve(est_tokens) as grant, sending():
-            return await _send(embedder, texts, grant=grant, role=role, on_event=on_event)
+        grant: Grant | None = None
+        try:
+            async with (
+                cap.reserve(texts, est_tokens=est_tokens) as hold,
+                budget.reserve(est_tokens, lane=lane) as grant,
+                sending(),
+            ):
+                hold.grant = grant
+                return await _send(embedder, texts, grant=grant, role=role, on_event=on_event)
+        except EmbedmillError as error:
+            if grant is not None and grant.other_key:
+                raise _KeyRefused from error
+            raise
 
-    return await _retrying(policy)(attempt)
+    embedding: Embedding = await _retrying(policy, retries)(attempt)
+    if retries is not None:
+        retries.earn()
+    return embedding
 
 
 @contextmanager
@@ -103,7 +151,10 @@ async def _send(
     outcome, billed = "cancelled", None
     try:
         with naming_the_unforeseen():
-            embedding = await embedder.embed(texts, role=role)
+            if grant.secret and isinstance(embedder, TakesKeys):
+                embedding = await embedder.embed_with(grant.secret, texts, role=role)
+            else:
+                embedding = await embedder.embed(texts, role=role)
     except EmbedmillError as error:
         outcome, billed = error.code, _settle_failure(grant, error)
         raise
@@ -118,6 +169,7 @@ async def _send(
 
 def _settle_failure(grant: Grant, error: EmbedmillError) -> int | None:
     """Tokens billed by a request that failed so."""
+    grant.error = error
     if isinstance(error, (OutcomeUnknown, EmbedderFailed)):
         return None
     if isinstance(error, RateLimited):
@@ -127,7 +179,11 @@ def _settle_failure(grant: Grant, error: EmbedmillError) -> int | None:
     return 0
 
 
-def _retrying(policy: RetryPolicy) -> AsyncRetrying:
+class _KeyRefused(Exception):
+    """Not the request failed, but its key, and there are others."""
+
+
+def _retrying(policy: RetryPolicy, retries: RetryBudget | None) -> AsyncRetrying:
     """Counts failures and refusals apart: tenacity's own count has both."""
     failures = refusals = 0
 
@@ -135,14 +191,18 @@ def _retrying(policy: RetryPolicy) -> AsyncRetrying:
         nonlocal failures, refusals
         if isinstance(_error(state), RateLimited):
             refusals += 1
-        else:
+        elif isinstance(_error(state), TransientError):
             failures, refusals = failures + 1, 0
 
-    def spent(_state: RetryCallState) -> bool:
-        return failures >= policy.max_attempts
+    def spent(state: RetryCallState) -> bool:
+        if isinstance(_error(state), RateLimited | _KeyRefused):
+            return False
+        return failures >= policy.max_attempts or (retries is not None and not retries.take())
 
     def wait_s(state: RetryCallState) -> float:
         error = _error(state)
+        if isinstance(error, _KeyRefused):
+            return 0.0
         if isinstance(error, TransientError) and error.retry_after_s is not None:
             return min(error.retry_after_s, _LONGEST_RETRY_AFTER_S)
         if isinstance(error, RateLimited):
@@ -151,7 +211,7 @@ def _retrying(policy: RetryPolicy) -> AsyncRetrying:
 
     return AsyncRetrying(
         sleep=anyio.sleep,
-        retry=retry_if_exception_type(TransientError),
+        retry=retry_if_exception_type((TransientError, _KeyRefused)),
         after=count,
         stop=spent,
         wait=wait_s,

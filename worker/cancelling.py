@@ -17,6 +17,7 @@ from embedmill.errors import CorruptStore, ObjectExists
 from .checkpoints import Checkpoint
 from .commit import commit_shard
 from .results import Increment, ShardResults
+from .windows import documents_of, split_documents
 
 
 def cancel_shard(dataset: Dataset, shard: int, *, who: str) -> Marker:
@@ -28,7 +29,7 @@ def cancel_shard(dataset: Dataset, shard: int, *, who: str) -> Marker:
     checkpoint = Checkpoint(dataset, shard, attempt=attempt)
     marker = dataset.marker(shard)
     if marker is None:
-        table, origin = dataset.documents(shard, columns=["id", "version", "deleted"])
+        table, origin = dataset.documents(shard, columns=["id", "version", "deleted", "group"])
         columns = table.to_pydict()
         results = ShardResults(table.num_rows, dataset.info.dimensions)
         results.delete(row for row, deleted in enumerate(columns["deleted"]) if deleted)
@@ -40,7 +41,11 @@ def cancel_shard(dataset: Dataset, shard: int, *, who: str) -> Marker:
             with suppress(ObjectExists):
                 dataset.create_vectors(shard, results.vectors[:0])
         passages = list(zip(columns["id"], columns["version"], strict=True))
-        marker = commit_shard(dataset, shard, results, origin=origin, passages=passages, attempt=attempt, worker=who)
+        documents = documents_of(columns["id"], columns["group"], columns["deleted"])
+        marker = commit_shard(
+            dataset, shard, results, origin=origin, passages=passages, attempt=attempt, worker=who,
+            windows=lambda: split_documents(documents, results) if dataset.info.embedder.late_chunking else (),
+        )  # fmt: skip
     checkpoint.sweep()
     return marker
 

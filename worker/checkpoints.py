@@ -40,6 +40,7 @@ def encode_increment(increment: Increment, *, fingerprint: str) -> bytes:
             "truncated": list(increment.truncated),
             "billed_tokens": increment.billed_tokens,
             "requests": increment.requests,
+            "windows": [list(rows) for rows in increment.windows],
         },
         ensure_ascii=False,
     ).encode()
@@ -75,6 +76,7 @@ def decode_increment(data: bytes, *, fingerprint: str, name: str) -> Increment:
             truncated=tuple(header["truncated"]),
             billed_tokens=header["billed_tokens"],
             requests=header["requests"],
+            windows=tuple(tuple(rows) for rows in header.get("windows", [])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptStore(f"{name} is damaged: {error}") from error

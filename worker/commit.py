@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from embedmill.dataset.dataset import Dataset, now_iso
@@ -12,6 +14,7 @@ from embedmill.dataset.layout import (
     Failure,
     Marker,
     StoredObject,
+    Window,
     documents_key,
     vectors_key,
 )
@@ -32,10 +35,11 @@ def commit_shard(
     passages: list[tuple[str, int]],
     attempt: str,
     worker: str,
+    windows: Callable[[], tuple[Window, ...]] = tuple,
 ) -> Marker:
     """Make a shard's results durable and final; the marker that is stored, ours or that of whoever was faster.
 
-    passages: (id, version) of every row. Blocking: run in a thread.
+    passages: (id, version) of every row; windows: asked once it is known what is stored. Blocking: run in a thread.
     """
     objects: dict[str, StoredObject] = {}
     failpoint("worker.before_vectors")
@@ -56,6 +60,7 @@ def commit_shard(
         truncated=tuple(sorted(results.truncated)),
         replaces=origin.replaces,
         retries=origin.retries,
+        windows=windows(),
         objects={documents_key(shard): dataset.describe_object(documents_key(shard)), **objects},
     )
     committed = dataset.commit(marker)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -21,11 +22,14 @@ from anyio import to_thread
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import EMBEDDED, Marker
 from embedmill.dataset.passages import ShardOrigin
-from embedmill.embedder import Embedder
+from embedmill.embedder import Embedder, EmbedsTogether
 from embedmill.errors import CorruptStore, EmbedmillError, StorageError
 from embedmill.failpoints import afailpoint, failpoint
-from embedmill.messages import job_key
+from embedmill.messages import Lane, job_key
+from scheduler.caps import UNCAPPED, Cap
 
+from .attempts import naming_the_unforeseen
+from .batch_lane import BatchLane
 from .checkpoints import Checkpoint
 from .commit import commit_shard
 from .isolation import Trials
@@ -33,10 +37,14 @@ from .packing import pack
 from .requesting import Requester, WorkerCounts
 from .results import Increment, ShardResults
 from .shard_requests import ShardRequests
-from .spend import SpendLog
+from .spend import LoggedCap, SpendLog
+from .together import TogetherRequests
 from .trials import FAILURES_TO_SUSPECT, SUSPECT_AFTER, Note, TrialNotes, suspects
+from .windows import WindowPlan, documents_of
 
 CHECKPOINT_EVERY_S = 2.0
+# What is paid for is kept soon, as long as keeping takes a twentieth of the time.
+_PAID_CHECKPOINT_S, _KEEPING_SHARE = 0.1, 0.05
 # Who is killed again and again, soon after its start, gets on all the same.
 _FIRST_CHECKPOINT_S = 0.5
 _log = logging.getLogger("embedmill.worker")
@@ -57,6 +65,12 @@ class Tools:
     def counts(self) -> WorkerCounts:
         return self.requester.counts
 
+    def fit_permits(self) -> None:
+        """As many as all keys allow together: keys come and go."""
+        wanted = self.embedder.limits.concurrency * max(1, len(self.requester.budget.key_ids))
+        if wanted != self.permits.total_tokens:
+            self.permits.total_tokens = wanted
+
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         """Hold every permit, so that nothing else of this process is in flight."""
@@ -76,21 +90,34 @@ class Tools:
 class ShardEmbedding:
     """The work on one shard. deliveries: of its task, this one included, without progress; from `SUSPECT_AFTER` on it is
     worked in trials. None: the queue does not remember them, so they are counted in the dataset. attempts: of its task that
-    failed before; from `FAILURES_TO_SUSPECT` on likewise.
+    failed before; from `FAILURES_TO_SUSPECT` on likewise. lane: in which its requests wait for the budget.
+    batches: the way through the provider's batch endpoint, for what is to go there.
     """
 
     def __init__(
-        self, tools: Tools, dataset: Dataset, shard: int, *, deliveries: int | None, attempts: int = 0
+        self,
+        tools: Tools,
+        dataset: Dataset,
+        shard: int,
+        *,
+        deliveries: int | None,
+        attempts: int = 0,
+        lane: Lane = "bulk",
+        batches: BatchLane | None = None,
+        cap: Cap = UNCAPPED,
     ) -> None:
         self._tools = tools
         self._dataset = dataset
         self._shard = shard
         self._deliveries = deliveries
         self._attempts = attempts
+        self._lane: Lane = lane
+        self._batches = batches
         self._attempt = uuid.uuid4().hex[:12]
         self._checkpoint = Checkpoint(dataset, shard, attempt=self._attempt)
         self._notes = TrialNotes(dataset, shard, attempt=self._attempt)
-        self._spend = SpendLog(dataset, worker=tools.worker, key_id=tools.requester.budget.key_id)
+        log = SpendLog(dataset, worker=tools.worker, job=dataset.admission(shard).job)
+        self.cap = LoggedCap(cap, log, shard=shard)
         self._ids: list[tuple[str, int]] = []
         self._texts: list[str] = []
         self._trouble: EmbedmillError | None = None
@@ -99,6 +126,7 @@ class ShardEmbedding:
         self._keeping = anyio.Lock()
         self._progressed = False
         self._origin: ShardOrigin
+        self._windows: WindowPlan | None
         self._results: ShardResults
         self._requests: ShardRequests
         self.grown = False
@@ -115,6 +143,8 @@ class ShardEmbedding:
         """
         marker = await to_thread.run_sync(self._dataset.marker, self._shard)
         if marker is None:
+            if self._batches is not None:
+                await self._batches.look()
             await to_thread.run_sync(self._prepare)
             await afailpoint("worker.after_adopt")
             await self._embed_owed()
@@ -126,24 +156,45 @@ class ShardEmbedding:
         return marker
 
     def _prepare(self) -> None:
-        table, self._origin = self._dataset.documents(self._shard, columns=["id", "version", "text", "deleted"])
+        table, self._origin = self._dataset.documents(
+            self._shard, columns=["id", "version", "text", "deleted", "group"]
+        )
         columns: dict[str, list[Any]] = table.to_pydict()
         self._ids = list(zip(columns["id"], columns["version"], strict=True))
         self._texts = [text or "" for text in columns["text"]]
         self._results = ShardResults(table.num_rows, self._dataset.info.dimensions)
-        self._requests = ShardRequests(
+        self._windows = self._plan_windows(columns)
+        job = self._dataset.job(self._origin.job)
+        together = ShardRequests if self._windows is None else TogetherRequests
+        self._requests = together(
             self._tools.requester,
             self._results,
             ids=self._ids,
             texts=self._texts,
             dtype=self._dataset.info.dtype,
             job=job_key(self._dataset.info.id, self._origin.job),
+            lane=self._lane,
+            cap=self.cap,
+            too_long=job.too_long if job is not None else "truncate",
         )
         self._results.delete(row for row, deleted in enumerate(columns["deleted"]) if deleted)
         adopted = self._checkpoint.adopt(self._results)
-        adopted += self._adopt_stored() + self._carry_over()
+        stored = self._adopt_stored()
+        adopted += stored + self._carry_over()
         self._tools.counts.adopted += adopted
         self._left = self._notes.left()
+        # What is stored stays as it is.
+        if self._windows is not None and not stored:
+            self._windows.owe_whole(self._results, suspects=suspects(self._left))
+
+    def _plan_windows(self, columns: dict[str, list[Any]]) -> WindowPlan | None:
+        """With late chunking, which rows are embedded together. Raises EmbedderFailed."""
+        embedder = self._tools.embedder
+        if not self._dataset.info.embedder.late_chunking or not isinstance(embedder, EmbedsTogether):
+            return None
+        documents = documents_of(columns["id"], columns["group"], columns["deleted"])
+        with naming_the_unforeseen():
+            return WindowPlan(documents, self._texts, embedder, max_inputs=embedder.limits.max_inputs)
 
     def _adopt_stored(self) -> int:
         """An attempt that died between vectors and marker left them whole."""
@@ -177,7 +228,7 @@ class ShardEmbedding:
 
     async def _embed_owed(self) -> None:
         owed = self._results.owed()
-        if not owed:
+        if not owed and self._batches is None:
             return
         try:
             async with anyio.create_task_group() as work:
@@ -195,6 +246,19 @@ class ShardEmbedding:
             raise self._trouble
 
     async def _work_off(self, owed: list[int]) -> None:
+        if self._batches is not None:
+            await self._batches.work_off(
+                ids=self._ids,
+                texts=self._texts,
+                results=self._results,
+                job=job_key(self._dataset.info.id, self._origin.job),
+                cap=self.cap,
+                keep=self._keep,
+                stopping=lambda: self.stopping,
+            )
+            owed = self._results.owed()
+            if not owed:
+                return
         deliveries = self._deliveries or sum(not note.rows for note in self._left) + 1
         if suspects(self._left) or deliveries >= SUSPECT_AFTER or self._attempts >= FAILURES_TO_SUSPECT:
             _log.warning(
@@ -225,6 +289,7 @@ class ShardEmbedding:
             keep=self._keep,
             stopping=lambda: self.stopping,
             draining=self._tools.draining,
+            windows=None if self._windows is None else self._windows.owed(self._results),
         )
 
     @property
@@ -236,13 +301,16 @@ class ShardEmbedding:
         limits = self._tools.embedder.limits
         async with self._tools.permits:
             tokens = await self._requests.estimate(owed)
-        batches = [[owed[position] for position in batch] for batch in pack(tokens, limits=limits)]
+        if self._windows is not None:
+            batches = [list(rows) for rows in self._windows.owed(self._results)]
+        else:
+            batches = [[owed[position] for position in batch] for batch in pack(tokens, limits=limits)]
         if limits.padded:
             # Long and short batches mixed, so that speed and remaining time are honest from the start.
             random.Random(self._shard).shuffle(batches)
         waiting = iter(batches)
         async with anyio.create_task_group() as runners:
-            for _ in range(min(limits.concurrency, len(batches))):
+            for _ in range(min(int(self._tools.permits.total_tokens), len(batches))):
                 runners.start_soon(self._run_batches, waiting)
 
     async def _run_batches(self, waiting: Iterator[list[int]]) -> None:
@@ -258,15 +326,19 @@ class ShardEmbedding:
                     self._trouble = self._trouble or error
 
     async def _keep_regularly(self) -> None:
-        wait_s = _FIRST_CHECKPOINT_S
+        paid = bool(self._tools.requester.budget.key_ids)
+        wait_s = _PAID_CHECKPOINT_S if paid else _FIRST_CHECKPOINT_S
         while True:
             await anyio.sleep(wait_s)
-            wait_s = min(CHECKPOINT_EVERY_S, 2 * wait_s)
+            began_s = time.monotonic()
             try:
                 await self._keep()
             except StorageError as error:
                 self._trouble = self._trouble or error
                 return
+            keeping_s = time.monotonic() - began_s
+            wait_s = max(_PAID_CHECKPOINT_S, keeping_s / _KEEPING_SHARE) if paid else 2 * wait_s
+            wait_s = min(CHECKPOINT_EVERY_S, wait_s)
 
     async def _keep(self) -> None:
         async with self._keeping:
@@ -281,7 +353,6 @@ class ShardEmbedding:
             failpoint("worker.before_checkpoint")
             self._checkpoint.keep(increment)
             failpoint("worker.after_checkpoint")
-            self._spend.add(self._shard, increment)
             if self._deliveries is None and not self._progressed:
                 # This delivery was not without progress, and those before it count no more.
                 self._notes.forget_deliveries()
@@ -299,7 +370,6 @@ class ShardEmbedding:
 
         def commit() -> Marker:
             try:
-                self._spend.add(self._shard, unkept)
                 return commit_shard(
                     self._dataset,
                     self._shard,
@@ -308,6 +378,7 @@ class ShardEmbedding:
                     passages=self._ids,
                     attempt=self._attempt,
                     worker=self._tools.worker,
+                    windows=lambda: () if self._windows is None else self._windows.split(self._results),
                 )
             except EmbedmillError:
                 # Paid for all the same: whoever tries again takes it over.

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
 
 import anyio
 import numpy as np
@@ -22,13 +22,17 @@ from numpy.typing import NDArray
 
 from embedmill.connection import FAKE_URL, Connection
 from embedmill.embedder import Embedding, Role
-from embedmill.errors import ConfigurationError, EmbedmillError, InputRejected, OutcomeUnknown
+from embedmill.errors import ConfigurationError, EmbedmillError, InputRejected, OutcomeUnknown, TooManyInputs
+from embedmill.messages import Lane
 from embedmill.models import find_tier
+from scheduler.breaker import Breaker
 from scheduler.budget import Budget, RequestBudget, Unlimited, key_id
+from scheduler.keyring import Key, KeyRing
 
 from .attempts import embed_batch
-from .embedders.jina import API_BASE, JinaEmbedder, key_from_environment
+from .embedders.jina import API_BASE, JinaEmbedder
 from .gate import inspect
+from .keys import FoundKeys, keys_from_environment, split_keys
 from .packing import pack
 
 Vectors = NDArray[np.float32] | NDArray[np.int8] | NDArray[np.uint8]
@@ -40,7 +44,8 @@ _CLOSE_WITHIN_S = 5.0
 class JinaOptions(TypedDict, total=False):
     """How `AsyncJinaEmbedding` and `JinaEmbedding` are made, beside the model's name.
 
-    api_key: else JINA_API_KEY, or the file that JINA_API_KEY_FILE names; task: see `ProviderModel.tasks_by_role`;
+    api_key: else JINA_API_KEY, or the file that JINA_API_KEY_FILE names; of several, all are used with a tier, each with
+    its limits, and the first one without; task: see `ProviderModel.tasks_by_role`;
     dimensions, late_chunking, embedding_type, normalized, truncate: see `JinaEmbedder`; tier: the key's plan, which paces
     requests (without one, refusals are waited out); concurrency: requests in flight (the tier's, else 4); redis, namespace:
     the budget is the one that workers with this key share there, else this object's own; api_base: the API up to its
@@ -72,13 +77,14 @@ class AsyncJinaEmbedding:
         if unknown := options.keys() - JinaOptions.__annotations__.keys():
             known = ", ".join(JinaOptions.__annotations__)
             raise ConfigurationError(f"no option {', '.join(sorted(unknown))}: choose from {known}")
-        key = options.get("api_key") or key_from_environment()
+        given = options.get("api_key")
+        found = FoundKeys(split_keys(given, place="api_key")) if given else keys_from_environment()
         plan = options.get("tier")
         tier = find_tier(plan) if plan else None
         concurrency = options.get("concurrency") or (tier.concurrency if tier else _UNPACED_CONCURRENCY)
         self._embedder = _CheckedJinaEmbedder(
             f"jina/{model_name.removeprefix('jina/')}",
-            key=key,
+            key=found.keys[0],
             api_base=options.get("api_base", API_BASE),
             dimensions=options.get("dimensions"),
             task=options.get("task"),
@@ -87,20 +93,23 @@ class AsyncJinaEmbedding:
             normalized=options.get("normalized"),
             truncate=options.get("truncate"),
             concurrency=concurrency,
+            requests_per_minute=tier.requests if tier else None,
             tokens_per_minute=tier.tokens if tier else None,
         )
         self._connection: Connection | None = None
         self._budget: RequestBudget = Unlimited()
         if tier is not None:
             self._connection = Connection(options.get("redis") or FAKE_URL)
-            self._budget = Budget(
-                self._connection,
-                namespace=options.get("namespace", "default"),
-                key_id=key_id("jina", key),
-                rpm=tier.requests,
-                tpm=tier.tokens,
-                concurrency=concurrency,
-            )
+            connection, namespace = self._connection, options.get("namespace", "default")
+            limits = {"rpm": tier.requests, "tpm": tier.tokens, "concurrency": concurrency}
+
+            def open_key(secret: str) -> Key:
+                id_ = key_id("jina", secret)
+                api_base = options.get("api_base", API_BASE).rstrip("/")
+                breaker = Breaker(connection, namespace=namespace, key_id=id_, api_base=api_base)
+                return Key(secret, Budget(connection, namespace=namespace, key_id=id_, **limits), breaker)
+
+            self._budget = KeyRing(found.keys, open_key=open_key, source=found.file)
         elif options.get("redis"):
             raise ConfigurationError("redis shares the budget of a tier: say tier='free', 'paid' or 'premium', too")
         self.billed_tokens = 0
@@ -163,7 +172,7 @@ class AsyncJinaEmbedding:
         async with anyio.create_task_group() as keeping:
             keeping.start_soon(self._budget.keep_alive)
             async with anyio.create_task_group() as requests:
-                for _ in range(self._embedder.limits.concurrency):
+                for _ in range(self._embedder.limits.concurrency * max(1, len(self._budget.key_ids))):
                     requests.start_soon(work, waiting)
             keeping.cancel_scope.cancel()
         if trouble is not None:
@@ -171,10 +180,20 @@ class AsyncJinaEmbedding:
         return self._embedder.no_vectors() if vectors is None else vectors
 
     async def _send(self, texts: list[str], est_tokens: int, role: Role, rows: list[int]) -> Vectors:
+        # Somebody waits for the answer to a question.
+        lane: Lane = "live" if role == "query" else "bulk"
         try:
             embedding = await embed_batch(
-                self._embedder, texts, budget=self._budget, role=role, est_tokens=max(1, est_tokens)
+                self._embedder, texts, budget=self._budget, role=role, est_tokens=max(1, est_tokens), lane=lane
             )
+        except TooManyInputs:
+            # The embedder has learned; the vectors of late chunking are those of smaller windows then.
+            middle = len(rows) // 2
+            first = await self._send(texts[:middle], est_tokens * middle // len(rows), role, rows[:middle])
+            second = await self._send(
+                texts[middle:], est_tokens - est_tokens * middle // len(rows), role, rows[middle:]
+            )
+            return cast("Vectors", np.concatenate([first, second]))
         except InputRejected as error:
             place = f"text {rows[0]}" if len(rows) == 1 else f"one of the texts {rows[0]} to {rows[-1]}"
             raise type(error)(f"{place}: {error}") from error
@@ -249,7 +268,7 @@ class _CheckedJinaEmbedder(JinaEmbedder):
             row, cause = next(iter(report.bad.items()))
             raise OutcomeUnknown(f"the answer cannot be used: {cause} (text {row} of {len(texts)} in its request)")
         # Texts that were all cut may differ only behind the cut.
-        if report.alike and min(map(len, texts)) < self.spec.max_input_tokens:
+        if report.alike and len(set(texts)) > 2 and min(map(len, texts)) < self.spec.max_input_tokens:
             raise OutcomeUnknown(f"the answer cannot be used: {len(set(texts))} different texts got one vector")
         return embedding
 

@@ -13,8 +13,8 @@ _FLOAT32: np.dtype[np.floating] = np.dtype(np.float32)
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
-    """bad: position -> cause, for the rows that may not pass; whole: why the answer as a whole may not pass; alike: more
-    than two different texts have one vector: a broken provider, or texts that differ only behind the cut."""
+    """bad: position -> cause, for the rows that may not pass; whole: why the answer as a whole may not pass; alike:
+    different texts all have one vector: a broken provider, or texts that differ only behind the cut."""
 
     bad: dict[int, str]
     whole: str | None = None
@@ -41,5 +41,5 @@ def inspect(
     zero = ~vectors.any(axis=1)
     bad = {int(row): "the vector has a value that is not finite" for row in np.flatnonzero(~finite)}
     bad |= {int(row): "the vector is zero" for row in np.flatnonzero(zero & finite)}
-    alike = not bad and len(set(texts)) > 2 and bool((vectors == vectors[0]).all())
+    alike = not bad and len(set(texts)) > 1 and bool((vectors == vectors[0]).all())
     return GateReport(bad, alike=alike)

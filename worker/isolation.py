@@ -58,6 +58,7 @@ class Trials:
         keep: Callable[[], Awaitable[None]],
         stopping: Callable[[], bool],
         draining: anyio.Event,
+        windows: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._requester = requester
         self._requests = requests
@@ -71,21 +72,22 @@ class Trials:
         self._keep = keep
         self._stopping = stopping
         self._draining = draining
+        self._windows = windows
         self._controlled = False
         self._failed_alone: list[EmbedmillError] = []
         self._trouble: EmbedmillError | None = None
 
     async def run(self, owed: Sequence[int]) -> None:
         """Work off the owed rows. Raises TransientError and EmbedderFailed when some of them failed and are not buried."""
-        self._requests.sending = self._noted
+        self._requests.sending, self._requests.on_trial = self._noted, True
         # A tokenizer may be what ends the worker: its estimate is part of the trial, and bytes stand for tokens here.
         sizes = [len(self._texts[row].encode("utf-8", "surrogatepass")) // 2 + 1 for row in owed]
         died = deadly(self._left)
         limits = self._requester.embedder.limits
-        unsuspected, halves = plan_trials(owed, sizes, self._left, limits=limits)
+        unsuspected, halves = plan_trials(owed, sizes, self._left, limits=limits, windows=self._windows)
         waiting = iter(unsuspected)
         async with anyio.create_task_group() as runners:
-            for _ in range(min(limits.concurrency, len(unsuspected))):
+            for _ in range(min(int(self._permits.total_tokens), len(unsuspected))):
                 runners.start_soon(self._try_each, waiting)
         for rows in halves if self._trouble is None else ():
             async with self._alone():
@@ -117,7 +119,9 @@ class Trials:
             await self._bury(row, "poison", f"it ended its worker {deaths} times when it was alone in a request")
             return
         async with self._notes.standing(Note((row,), control=True)):
-            await self._requester.require_well(since_s=time.monotonic(), complaint="a passage that ended its worker")
+            await self._requester.require_well(
+                since_s=time.monotonic(), complaint="a passage that ended its worker", cap=self._requests.cap
+            )
             wait_s = control_wait_s(self._requester.canary_s, canary=CANARY, text=self._texts[row])
             # Not in step with anything that kills at intervals.
             with anyio.move_on_after(wait_s * random.uniform(0.75, 1.5)):
@@ -135,7 +139,7 @@ class Trials:
             self._controlled = controlled
             await self._requests.embed(rows)
         except (TransientError, EmbedderFailed) as error:
-            await self._requester.require_well(since_s=began_s, complaint=str(error))
+            await self._requester.require_well(since_s=began_s, complaint=str(error), cap=self._requests.cap)
             owed = set(self._results.owed())
             left = [row for row in rows if row in owed]
             if len(rows) == 1:

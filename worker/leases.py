@@ -116,9 +116,12 @@ class Leases:
     async def _report(self) -> None:
         counts = asdict(self._tools.counts)
         done = counts.pop("jobs")
+        budget = self._tools.requester.budget
+        counts["last_trouble"] = budget.trouble or counts["last_trouble"]
         await self._say(
             {
                 "model": self._tools.embedder.spec.model,
+                "keys": list(budget.key_ids),
                 "started_at": self._started_at,
                 "holds": len(self),
                 **counts,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import DATASET_KEY
+from embedmill.dataset.spending import spent_recently
 from embedmill.dataset.store import open_store
-from embedmill.dataset.summary import spent_recently
 from embedmill.embedder import Embedder
 from embedmill.errors import CorruptStore, EmbedmillError, StorageError
 from embedmill.messages import Task
@@ -81,16 +81,13 @@ class OpenDatasets:
             self._embedder.estimator.adopt(learned)
             self._kept_bills = learned.bills
 
-    def busy_of(self, key_id: str) -> Callable[[], Awaitable[bool]]:
+    async def busy(self, key_id: str) -> bool:
         """Whether the spend logs of the open datasets show that a key was billed within the last minute."""
 
         def look() -> bool:
             return any(spent_recently(dataset, key_id=key_id) for dataset in list(self._open.values()))
 
-        async def busy() -> bool:
-            return await to_thread.run_sync(look)
-
-        return busy
+        return await to_thread.run_sync(look)
 
     def known(self, task: Task) -> Dataset | None:
         """The dataset of a task where it is open."""

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 
 import anyio
 import numpy as np
+from numpy.typing import NDArray
 
 from embedmill.embedder import Embedder, Embedding
-from embedmill.errors import InputRejected, JobFatalError, RateLimited
+from embedmill.errors import InputRejected, JobFatalError, OutcomeUnknown, RateLimited
+from embedmill.messages import Lane
 from scheduler.budget import RequestBudget
+from scheduler.caps import UNCAPPED, Cap
 
-from .attempts import Attempt, Sending, embed_batch, naming_the_unforeseen
+from .attempts import Attempt, RetryBudget, Sending, embed_batch, naming_the_unforeseen
 from .gate import inspect
 
 CANARY = "The canary in this mine sings of seven blue whales."
-_MALFORMED_TRIES = 5
+_MALFORMED_IN_A_ROW = 5
 _MOST_JOBS = 64
 
 
@@ -30,9 +33,10 @@ _MOST_JOBS = 64
 class WorkerCounts:
     """What this worker has done, for progress and metrics. Passages carried over or adopted were not paid for again.
 
-    lost_tokens: estimate of what was sent and never answered, which the provider may have billed. stalls: times that the
-    event loop stood still for so long that leases were in danger. jobs: (passages, tokens) of the jobs that it worked for
-    of late, by `messages.job_key`.
+    tokens: billed for passages; control_tokens: for the canary; quoted_tokens: what a quote counts for the passages that
+    were embedded, where that is asked for. lost_tokens: estimate of what was sent and never answered, which the provider
+    may have billed. stalls: times that the event loop stood still for so long that leases were in danger. jobs:
+    (passages, tokens) of the jobs that it worked for of late, by `messages.job_key`.
     """
 
     embedded: int = 0
@@ -44,6 +48,8 @@ class WorkerCounts:
     truncated: int = 0
     shards: int = 0
     rate_limited: int = 0
+    control_tokens: int = 0
+    quoted_tokens: float | None = None
     failed_requests: int = 0
     stalls: int = 0
     last_trouble: str = ""
@@ -63,7 +69,9 @@ class WorkerCounts:
 class Requester:
     """Sends the requests of one worker. `on_waste` is told of answers that were billed and cannot be used.
 
-    canary_s: how long the canary took, without waiting for its turn, when it was answered last.
+    canary_s: how long the canary took, without waiting for its turn, when it was answered last; retries: those of all
+    requests, but for the canary's and those of trials, which must not be decided by chance; quoted_tokens: what a quote
+    counts for each text, to compare the bill with.
     """
 
     embedder: Embedder
@@ -71,6 +79,9 @@ class Requester:
     counts: WorkerCounts
     well_at_s: float = field(default=float("-inf"))
     canary_s: float = 0.0
+    quoted_tokens: Callable[[Sequence[str]], NDArray[np.float64]] | None = None
+    retries: RetryBudget = field(default_factory=RetryBudget)
+    _malformed: int = 0
     _calls: dict[object, float] = field(default_factory=dict)
 
     @property
@@ -84,33 +95,58 @@ class Requester:
         *,
         est_tokens: int,
         on_waste: Callable[[Embedding], None],
+        lane: Lane = "bulk",
+        cap: Cap = UNCAPPED,
         sending: Sending = nullcontext,
+        on_trial: bool = False,
+        embedder: Embedder | None = None,
     ) -> Embedding:
         """One answer whose shape holds, (n, dimensions); single rows may still be bad. `sending` is around each request.
 
-        Raises InputRejected for content that is refused, JobFatalError when no answer can be used, TransientError,
-        EmbedderFailed.
+        cap: of the job that pays, here and below; on_trial: whatever must be tried again is, at most as often as always;
+        embedder: another face of the same one.
+
+        Raises InputRejected for content that is refused, JobFatalError when answers cannot be used several times in a row,
+        TransientError, also when there are no retries left, EmbedderFailed.
         """
-        whole: str | None = None
-        for attempt in range(_MALFORMED_TRIES):
-            embedding = await self._send(texts, est_tokens, sending)
+        tries = 0
+        seen: NDArray[np.float32] | None = None
+        while True:
+            embedding = await self._send(
+                texts, est_tokens, sending, lane=lane, cap=cap, bounded=not on_trial, embedder=embedder
+            )
             report = inspect(embedding.vectors, texts, dimensions=self.embedder.spec.dimensions)
             whole = report.whole
-            if report.alike and await self._answers_canary_like(embedding):
+            doubted = False
+            if report.alike:
                 whole = f"{len(set(texts))} different texts got one and the same vector"
+                if not await self._answers_canary_like(embedding, cap):
+                    # Texts that differ only behind the cut get it again; one slip of the provider does not come twice.
+                    doubted = seen is None or not np.array_equal(seen, embedding.vectors[:1])
+                    seen, whole = embedding.vectors[:1], whole if doubted else None
             if whole is None:
+                self._malformed = 0
                 if not report.bad:
                     self.well_at_s = time.monotonic()
                 return embedding
             self.counts.last_trouble = f"malformed answer: {whole}"
             on_waste(embedding)
-            if attempt + 1 < _MALFORMED_TRIES:
-                await anyio.sleep(0.5 * 2**attempt)
-        raise JobFatalError(
-            f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
-        )
+            self._malformed += not doubted
+            if self._malformed >= _MALFORMED_IN_A_ROW:
+                raise JobFatalError(
+                    f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
+                )
+            if not on_trial:
+                self.take_retry(f"malformed answer: {whole}")
+            await anyio.sleep(0.5 * 2**tries)
+            tries += 1
 
-    async def require_well(self, *, since_s: float, complaint: str) -> None:
+    def take_retry(self, complaint: str) -> None:
+        """Raises OutcomeUnknown when this worker has made as many retries as it may."""
+        if not self.retries.take():
+            raise OutcomeUnknown(complaint)
+
+    async def require_well(self, *, since_s: float, complaint: str, cap: Cap = UNCAPPED) -> None:
         """Make sure that the provider gives anything a good vector, before a passage is buried for `complaint`.
 
         Raises JobFatalError when it does not even take the canary, TransientError and EmbedderFailed like any request.
@@ -118,7 +154,7 @@ class Requester:
         if self.well_at_s >= since_s:
             return
         try:
-            answer = await self._ask_canary()
+            answer = await self._ask_canary(cap)
         except InputRejected as error:
             raise JobFatalError(
                 f"the provider refuses every text, so no document is to blame: {complaint}; nothing is lost"
@@ -129,19 +165,21 @@ class Requester:
             )
         self.well_at_s = time.monotonic()
 
-    async def _answers_canary_like(self, embedding: Embedding) -> bool:
+    async def _answers_canary_like(self, embedding: Embedding, cap: Cap) -> bool:
         """Whether a text unlike all others gets the vector of the others, too."""
-        answer = await self._ask_canary()
+        answer = await self._ask_canary(cap)
         return bool(np.array_equal(answer.vectors[:1], embedding.vectors[:1]))
 
-    async def _ask_canary(self) -> Embedding:
+    async def _ask_canary(self, cap: Cap) -> Embedding:
         with naming_the_unforeseen():
             est_tokens = sum(self.embedder.estimate_tokens([CANARY]))
 
         def end(attempt: Attempt) -> None:
             self.canary_s = attempt.seconds
 
-        return await self._send([CANARY], est_tokens, on_event=end)
+        answer = await self._send([CANARY], est_tokens, cap=cap, bounded=False, on_event=end)
+        self.counts.control_tokens += answer.billed_tokens
+        return answer
 
     async def _send(
         self,
@@ -149,6 +187,10 @@ class Requester:
         est_tokens: int,
         sending: Sending = nullcontext,
         *,
+        lane: Lane = "bulk",
+        cap: Cap = UNCAPPED,
+        bounded: bool = True,
+        embedder: Embedder | None = None,
         on_event: Callable[[Attempt], None] = lambda _: None,
     ) -> Embedding:
         @asynccontextmanager
@@ -166,7 +208,15 @@ class Requester:
             on_event(attempt)
 
         return await embed_batch(
-            self.embedder, texts, budget=self.budget, est_tokens=est_tokens, sending=call, on_event=end
+            embedder or self.embedder,
+            texts,
+            budget=self.budget,
+            est_tokens=est_tokens,
+            lane=lane,
+            cap=cap,
+            sending=call,
+            on_event=end,
+            retries=self.retries if bounded else None,
         )
 
     def _note(self, attempt: Attempt) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,10 @@ from embedmill.dataset.layout import CANCELLED, DELETED, EMBEDDED, FAILED, OWED,
 
 @dataclass(frozen=True, slots=True)
 class Increment:
-    """Results that arrived together: rows (m,) int32 with vectors (m, dimensions) float32, failures, and their price."""
+    """Results that arrived together: rows (m,) int32 with vectors (m, dimensions) float32, failures, and their price.
+
+    windows: with late chunking, which of the rows were embedded together.
+    """
 
     rows: NDArray[np.int32]
     vectors: NDArray[np.float32]
@@ -21,6 +24,7 @@ class Increment:
     truncated: tuple[int, ...] = ()
     billed_tokens: int = 0
     requests: int = 0
+    windows: tuple[tuple[int, ...], ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -40,6 +44,7 @@ class ShardResults:
     truncated: set[int] = field(default_factory=set)
     billed_tokens: int = 0
     requests: int = 0
+    windows: list[tuple[int, ...]] = field(default_factory=list)
     _unkept: list[Increment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -55,8 +60,19 @@ class ShardResults:
         for row in rows:
             self.statuses[row] = CANCELLED if cancelled else DELETED
 
+    def owe_again(self, rows: Iterable[int]) -> None:
+        """Give up vectors that are of no use without their neighbours', and whatever was embedded together with them."""
+        again = set(rows)
+        for window in [window for window in self.windows if not again.isdisjoint(window)]:
+            self.windows.remove(window)
+            again.update(row for row in window if self.statuses[row] == EMBEDDED)
+        for row in again:
+            self.statuses[row] = OWED
+            self.vectors[row] = np.nan
+
     def add(self, increment: Increment, *, kept: bool = False) -> int:
         """Take results; how many rows were new. `kept`: they stand in a checkpoint already."""
+        increment = self._without_torn(increment)
         new = [position for position, row in enumerate(increment.rows) if self.statuses[row] in (OWED, FAILED)]
         rows = increment.rows[new]
         self.vectors[rows] = increment.vectors[new]
@@ -70,9 +86,28 @@ class ShardResults:
         self.truncated.update(increment.truncated)
         self.billed_tokens += increment.billed_tokens
         self.requests += increment.requests
+        self.windows.extend(increment.windows)
         if not kept:
             self._unkept.append(increment)
         return len(new)
+
+    def _without_torn(self, increment: Increment) -> Increment:
+        """Rows that were embedded together are taken together. Where attempts differ, the larger window is taken, whoever
+        comes first."""
+        for rows in increment.windows:
+            within = [window for window in self.windows if set(window) < set(rows)]
+            self.owe_again(row for window in within for row in window if self.statuses[row] == EMBEDDED)
+        torn = [rows for rows in increment.windows if any(self.statuses[row] == EMBEDDED for row in rows)]
+        if not torn:
+            return increment
+        left_out = {row for rows in torn for row in rows}
+        positions = [position for position, row in enumerate(increment.rows) if int(row) not in left_out]
+        return replace(
+            increment,
+            rows=increment.rows[positions],
+            vectors=increment.vectors[positions],
+            windows=tuple(rows for rows in increment.windows if rows not in torn),
+        )
 
     def take_unkept(self) -> Increment:
         """Everything since the last call, in one piece."""
@@ -82,6 +117,12 @@ class ShardResults:
     def put_back(self, increment: Increment) -> None:
         """What `take_unkept` gave could not be kept after all."""
         self._unkept.insert(0, increment)
+
+
+def billed_only(tokens: int, *, requests: int = 0, dimensions: int) -> Increment:
+    """What was paid without a row to show for it."""
+    none = np.empty((0, dimensions), dtype=np.float32)
+    return Increment(np.empty(0, np.int32), none, billed_tokens=tokens, requests=requests)
 
 
 def merge(increments: Sequence[Increment], *, dimensions: int) -> Increment:
@@ -94,4 +135,5 @@ def merge(increments: Sequence[Increment], *, dimensions: int) -> Increment:
         truncated=tuple(row for i in increments for row in i.truncated),
         billed_tokens=sum(i.billed_tokens for i in increments),
         requests=sum(i.requests for i in increments),
+        windows=tuple(rows for i in increments for rows in i.windows),
     )

@@ -11,21 +11,28 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import anyio
+import numpy as np
 from anyio import to_thread
+from numpy.typing import NDArray
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import Job
 from embedmill.embedder import Embedder
 from embedmill.errors import (
+    BatchHeld,
+    BatchPending,
+    CapReached,
     ConfigurationError,
     CorruptStore,
     EmbedderFailed,
     EmbedmillError,
+    InvalidKey,
     JobFatalError,
     NoBalance,
     PassageTooLarge,
@@ -35,8 +42,10 @@ from embedmill.errors import (
 )
 from embedmill.failpoints import afailpoint
 from scheduler.budget import RequestBudget
+from scheduler.caps import UNCAPPED, Caps
 from scheduler.queue import Queue
 
+from .batch_lanes import BatchLanes
 from .commit import dead_letters
 from .embedding import ShardEmbedding, Tools
 from .leases import Held, Leases, end_process
@@ -51,14 +60,20 @@ _FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
 _OF_ONE_DATASET = (StorageError, CorruptStore, ConfigurationError)
 
 
-def pause_job(dataset: Dataset, job: str, reason: str) -> None:
-    """Note in the dataset that a job stands still, and why. Blocking."""
+def pause_job(dataset: Dataset, job: str, reason: str, *, reached: int = 0) -> bool:
+    """Note in the dataset that a job stands still, and why; reached: its cap, where that is why. Blocking.
+
+    Whether it goes on all the same: its cap was raised meanwhile.
+    """
 
     def pause(known: Job) -> Job:
         """What somebody stopped on purpose stays as it is."""
-        return replace(known, state="paused", reason=reason, stopped_by="worker") if known.state == "running" else known
+        if known.state != "running" or (reached and known.max_tokens != reached):
+            return known
+        caps = {**known.caps, "reached": reached} if reached else known.caps
+        return replace(known, state="paused", reason=reason, stopped_by="worker", caps=caps)
 
-    dataset.change_job(job, pause)
+    return dataset.change_job(job, pause).state == "running"
 
 
 def _stands_still(dataset: Dataset, job: str) -> bool:
@@ -103,18 +118,25 @@ class Worker:
             embedder=embedder,
             requester=Requester(embedder, budget, WorkerCounts()),
             worker=worker_name(),
-            permits=anyio.CapacityLimiter(embedder.limits.concurrency),
+            permits=anyio.CapacityLimiter(embedder.limits.concurrency * max(1, len(budget.key_ids))),
             draining=anyio.Event(),
         )
         self._datasets = OpenDatasets(embedder, on_open)
+        self._batches = BatchLanes(self._tools.requester, worker=self._tools.worker)
         self._troubles = Troubles()
+        self._caps = Caps(queue.connection, namespace=queue.namespace, alone=not patient)
         self._others = OtherPools(queue, embedder.spec.fingerprint)
-        budget.remember_by(self._datasets.busy_of(budget.key_id))
+        budget.remember_by(self._datasets.busy)
         self._leases = Leases(queue, self._tools, on_hung=end_process if patient else self._note_trouble)
 
     @property
     def counts(self) -> WorkerCounts:
         return self._tools.counts
+
+    def compare_with_quote(self, quoted_tokens: Callable[[Sequence[str]], NDArray[np.float64]]) -> None:
+        """Count in `counts.quoted_tokens`, too, what these say for every passage that is embedded from now on."""
+        self._tools.requester.quoted_tokens = quoted_tokens
+        self.counts.quoted_tokens = 0.0
 
     def stop(self) -> None:
         """Take no more tasks, finish the requests in flight within the grace time, hand the rest back."""
@@ -128,6 +150,7 @@ class Worker:
             background.start_soon(self._listen)
             background.start_soon(self._leases.keep)
             background.start_soon(self._tools.requester.budget.keep_alive)
+            background.start_soon(self._caps.keep_alive)
             try:
                 async with anyio.create_task_group() as work:
                     while not self._tools.draining.is_set():
@@ -138,10 +161,12 @@ class Worker:
                     work.cancel_scope.cancel()
             finally:
                 background.cancel_scope.cancel()
+                await self._batches.aclose()
         if self._fatal is not None:
             raise self._fatal
 
     async def _take(self, work: anyio.abc.TaskGroup, on_commit: Callable[[int], None] | None) -> None:
+        self._tools.fit_permits()
         free = self._slots - len(self._leases)
         taken = 0
         try:
@@ -181,6 +206,9 @@ class Worker:
             try:
                 await afailpoint("worker.after_lease")
                 await self._embed(held, on_commit)
+            except BatchPending as pending:
+                self._tools.counts.last_trouble = str(pending)
+                await self._put_off(held, pending.retry_after_s or _IDLE_S)
             except TransientError as error:
                 await self._later(held, error, counted=not isinstance(error, RateLimited))
             except EmbedderFailed as error:
@@ -214,7 +242,17 @@ class Worker:
             return
         deliveries = held.lease.deliveries if self._patient else None
         attempts = held.lease.attempts
-        held.work = ShardEmbedding(self._tools, dataset, task.shard, deliveries=deliveries, attempts=attempts)
+        batches = await self._batches.lane(dataset, task.shard, attempts=attempts)
+        held.work = ShardEmbedding(
+            self._tools,
+            dataset,
+            task.shard,
+            deliveries=deliveries,
+            attempts=attempts,
+            lane=task.lane,
+            batches=batches,
+            cap=self._caps.of(dataset, task.job),
+        )
         marker = await held.work.run()
         if marker is None:
             return
@@ -244,7 +282,9 @@ class Worker:
         shard = held.lease.task.shard
         _log.error("shard %d of %s", shard, held.lease.task.dataset, exc_info=error)
         try:
-            await self._tools.requester.require_well(since_s=time.monotonic(), complaint=str(error))
+            await self._tools.requester.require_well(
+                since_s=time.monotonic(), complaint=str(error), cap=held.work.cap if held.work is not None else UNCAPPED
+            )
         except EmbedderFailed:
             self._give_up(EmbedmillError(f"shard {shard} failed in an unforeseen way, and so does any text: {error}"))
         except TransientError:
@@ -268,7 +308,7 @@ class Worker:
             self._give_up(trouble)
 
     async def _put_off(self, held: Held, delay_s: float) -> None:
-        """The dataset is in trouble, not the shard."""
+        """The dataset is in trouble, not the shard, or the shard's batches are not done yet."""
         with suppress(TransientError), anyio.CancelScope(shield=True):
             await self._queue.retry(held.lease, delay_s=delay_s, counted=False)
         held.settled = True
@@ -283,21 +323,42 @@ class Worker:
                 await self._queue.release(held.lease)
 
     async def _stop_job(self, held: Held, error: JobFatalError) -> None:
-        """An empty account and a passage that no limit allows stop the job for everybody, until somebody starts it again; a
-        bad key may be ours only. A patient worker goes on with other jobs where those may succeed."""
+        """A key that is refused, an empty account, a cap, a passage that no limit allows and a batch that is held stop the
+        job for everybody, until somebody starts it again; a key does not, while other workers have others. A patient worker
+        goes on with other jobs where those may succeed."""
         task = held.lease.task
         dataset = self._datasets.known(task)
-        if isinstance(error, (NoBalance, PassageTooLarge)) and dataset is not None:
+        pauses = isinstance(error, (CapReached, PassageTooLarge, BatchHeld))
+        if isinstance(error, (InvalidKey, NoBalance)):
+            pauses = not await self._others_have_other_keys()
+        if pauses and dataset is not None:
+            reached = error.limit if isinstance(error, CapReached) else 0
+            goes_on = False
             try:
-                await to_thread.run_sync(pause_job, dataset, task.job, str(error))
+                goes_on = await to_thread.run_sync(partial(pause_job, dataset, task.job, str(error), reached=reached))
             except StorageError as storage:
                 _log.warning("job %s was not paused: %s", task.job, storage)
-            with suppress(TransientError):
-                await self._queue.pause(task.dataset_id, task.job)
-        if self._patient and isinstance(error, PassageTooLarge):
+            if not goes_on:
+                with suppress(TransientError):
+                    await self._queue.pause(task.dataset_id, task.job)
+        if self._patient and isinstance(error, (CapReached, PassageTooLarge, BatchHeld)):
             self._note_trouble(f"job {task.job} of {task.dataset} is paused: {error}")
         else:
             self._give_up(error)
+
+    async def _others_have_other_keys(self) -> bool:
+        """Whether a worker for this model lives that may go on where ours cannot."""
+        budget, model = self._tools.requester.budget, self._tools.embedder.spec.model
+        try:
+            reports = await self._queue.workers()
+        except TransientError:
+            return False
+        return any(
+            report.record.get("model") == model
+            and report.age_s < self._queue.lease_s
+            and not set(report.record.get("keys", ())) <= set(budget.key_ids)
+            for report in reports
+        )
 
     def _give_up(self, error: EmbedmillError) -> None:
         if self._fatal is None:

@@ -117,16 +117,26 @@ class TrialNotes:
 
 
 def plan_trials(
-    owed: Sequence[int], tokens: Sequence[int], left: Sequence[Note], *, limits: BatchLimits
+    owed: Sequence[int],
+    tokens: Sequence[int],
+    left: Sequence[Note],
+    *,
+    limits: BatchLimits,
+    windows: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The rows of each trial: those that nothing is known against, as requests hold them; what died or failed, in halves.
 
-    tokens: estimated, of each owed row.
+    tokens: estimated, of each owed row; windows: with late chunking, the owed rows that belong together. A window with a
+    suspect row is embedded in parts.
     """
     smallest = _smallest_failed(left)
     clean = [position for position, row in enumerate(owed) if row not in smallest]
-    packed = pack([tokens[position] for position in clean], limits=limits)
-    unsuspected = [tuple(owed[clean[position]] for position in batch) for batch in packed]
+    if windows is None:
+        packed = pack([tokens[position] for position in clean], limits=limits)
+        unsuspected = [tuple(owed[clean[position]] for position in batch) for batch in packed]
+    else:
+        kept = (tuple(row for row in rows if row not in smallest) for rows in windows)
+        unsuspected = [rows for rows in kept if rows]
     halves: list[tuple[int, ...]] = []
     groups: dict[tuple[int, ...], list[int]] = {}
     for row in owed:

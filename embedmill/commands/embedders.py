@@ -7,14 +7,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from embedmill.connection import Connection
+from scheduler.breaker import Breaker
 from scheduler.budget import Budget, RequestBudget, Unlimited, key_id
-from worker.embedders.jina import API_BASE, JinaEmbedder, key_from_environment
+from scheduler.keyring import Key, KeyRing
+from worker.embedders.jina import API_BASE, JinaEmbedder
+from worker.keys import FoundKeys, keys_from_environment
 
 from ..embedder import BatchLimits, Embedder
 from ..errors import ConfigurationError
+from ..exact_tokens import ExactTokens
 from ..models import Tier, find_tier
 
 REHEARSAL = "rehearsal"
+LARGEST_TIER = "premium"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,8 @@ class ModelChoice:
     tpm: int | None = None
     concurrency: int | None = None
     rehearsed: bool = False
+    late_chunking: bool = False
+    tokenizer: str | None = None
 
     @property
     def limits(self) -> Tier:
@@ -39,9 +46,14 @@ class ModelChoice:
         return Tier(tier.name, self.rpm or tier.requests, self.tpm or tier.tokens, self.concurrency or tier.concurrency)
 
     @property
-    def key(self) -> str:
+    def keys(self) -> FoundKeys:
         """Raises ConfigurationError where the environment has none."""
-        return REHEARSAL if self.rehearsed else key_from_environment()
+        return FoundKeys((REHEARSAL,)) if self.rehearsed else keys_from_environment()
+
+
+def is_local(model: str) -> bool:
+    """Whether nothing is sent for it, and nothing paid."""
+    return model.startswith(("local/", "null/"))
 
 
 @asynccontextmanager
@@ -54,7 +66,10 @@ async def open_embedder(
 ) -> AsyncIterator[Embedder]:
     """The embedder of a stored spec, for a few queries. Raises ConfigurationError when it cannot be had here."""
     task = (options or {}).get("task")
-    choice = ModelChoice(model, dimensions, task if isinstance(task, str) else None, api_base)
+    late_chunking = (options or {}).get("late_chunking") is True
+    choice = ModelChoice(
+        model, dimensions, task if isinstance(task, str) else None, api_base, late_chunking=late_chunking
+    )
     embedder = make_embedder(choice)
     try:
         yield embedder
@@ -65,9 +80,10 @@ async def open_embedder(
 def make_embedder(choice: ModelChoice) -> Embedder:
     """Loads a local model, which takes a while; for a provider, checks key and options without sending anything."""
     provider, _, name = choice.model.partition("/")
-    if provider in ("local", "null") and (choice.task or choice.api_base):
-        option = "--task" if choice.task else "--api-base"
-        raise ConfigurationError(f"{option} does not apply to {choice.model}: leave it out")
+    if provider in ("local", "null"):
+        named = ("task", "api_base", "late_chunking", "tokenizer")
+        for option in (f"--{name.replace('_', '-')}" for name in named if getattr(choice, name)):
+            raise ConfigurationError(f"{option} does not apply to {choice.model}: leave it out")
     if provider == "jina" and name:
         return _make_jina(choice)
     if provider == "null":
@@ -81,37 +97,55 @@ def make_embedder(choice: ModelChoice) -> Embedder:
 
 
 def make_budget(choice: ModelChoice, connection: Connection, *, namespace: str) -> RequestBudget:
-    """The fleet's budget for the key in use; local models have none."""
+    """The fleet's budgets for the keys in use, each of which has the limits for itself; local models have none."""
     provider = choice.model.partition("/")[0]
     if provider in ("local", "null"):
         return Unlimited()
     limits = choice.limits
-    return Budget(
-        connection,
-        namespace=namespace,
-        key_id=key_id(provider, choice.key),
-        rpm=limits.requests,
-        tpm=limits.tokens,
-        concurrency=limits.concurrency,
-    )
+
+    def open_key(secret: str) -> Key:
+        id_ = key_id(provider, secret)
+        budget = Budget(
+            connection,
+            namespace=namespace,
+            key_id=id_,
+            rpm=limits.requests,
+            tpm=limits.tokens,
+            concurrency=limits.concurrency,
+        )
+        api_base = (choice.api_base or API_BASE).rstrip("/")
+        return Key(secret, budget, Breaker(connection, namespace=namespace, key_id=id_, api_base=api_base))
+
+    found = choice.keys
+    return KeyRing(found.keys, open_key=open_key, source=found.file)
 
 
-def request_limits(model: str, tier: Tier) -> BatchLimits:
+def request_limits(model: str, tier: Tier, *, late_chunking: bool = False) -> BatchLimits:
     """What one request of a provider's model may hold at a tier. Needs no key, and sends nothing."""
-    return JinaEmbedder(model, key="unused", tokens_per_minute=tier.tokens, concurrency=tier.concurrency).limits
+    return JinaEmbedder(
+        model,
+        key="unused",
+        late_chunking=late_chunking,
+        requests_per_minute=tier.requests,
+        tokens_per_minute=tier.tokens,
+        concurrency=tier.concurrency,
+    ).limits
 
 
 def _make_jina(choice: ModelChoice) -> Embedder:
     limits = choice.limits
     return JinaEmbedder(
         choice.model,
-        key=choice.key,
+        key=choice.keys.keys[0],
         api_base=choice.api_base or API_BASE,
         dimensions=choice.dimensions,
         task=choice.task,
+        late_chunking=choice.late_chunking,
         concurrency=limits.concurrency,
+        requests_per_minute=limits.requests,
         tokens_per_minute=limits.tokens,
         revision=REHEARSAL if choice.rehearsed else "",
+        tokenizer=ExactTokens(choice.tokenizer) if choice.tokenizer else None,
     )
 
 

@@ -1,11 +1,12 @@
-"""What a queue and its workers say of themselves: the backlog by job, who works, and how fast."""
+"""What a queue and its workers say of themselves: the backlog by job, who works, how fast, and what their keys may send."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from scheduler.key_budgets import KeyBudget, read_budgets
 from scheduler.queue import InboxDepth, JobDepth, Queue, WorkerReport
 
 from ..messages import job_key
@@ -16,11 +17,12 @@ _OLD_AFTER_SPANS = 2
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """One look at a queue: its jobs, its workers and its inboxes."""
+    """One look at a queue: its jobs, its workers, its inboxes, and the budgets of the API keys."""
 
     jobs: Sequence[JobDepth]
     workers: Sequence[WorkerReport]
     inboxes: Sequence[InboxDepth] = ()
+    budgets: Sequence[KeyBudget] = ()
 
     @property
     def leased(self) -> int:
@@ -49,12 +51,13 @@ class Rates:
 
 
 async def look_at(queue: Queue, *, dataset_id: str | None = None, job: str | None = None) -> Fleet:
-    """The jobs of the queue, or those of one dataset, or one job; the workers are everybody's."""
+    """The jobs of the queue, or those of one dataset, or one job; the workers and the keys are everybody's."""
     jobs = [
         depth for depth in await queue.jobs() if dataset_id in (None, depth.dataset_id) and job in (None, depth.job)
     ]
     inboxes = [inbox for inbox in await queue.inboxes() if dataset_id in (None, inbox.dataset_id)]
-    return Fleet(jobs, await queue.workers(), inboxes)
+    budgets = await read_budgets(queue.connection, namespace=queue.namespace)
+    return Fleet(jobs, await queue.workers(), inboxes, budgets)
 
 
 def rates_of(fleet: Fleet, *, dataset_id: str | None = None, job: str | None = None) -> Rates:
@@ -89,6 +92,8 @@ def fleet_lines(fleet: Fleet, rates: Rates) -> Iterator[str]:
     yield f"  workers     {len(fleet.workers):,}, {rate_words(rates)}"
     for worker in fleet.workers:
         yield f"              {worker_words(worker, rates)}"
+    for budget in fleet.budgets:
+        yield f"  key         {budget.key_id}: {budget_words(budget)}"
 
 
 def rate_words(rates: Rates) -> str:
@@ -100,6 +105,27 @@ def worker_words(worker: WorkerReport, rates: Rates) -> str:
     trouble = f", {worker.record['last_trouble']}" if worker.record.get("last_trouble") else ""
     holds = int(worker.record.get("holds", 0))
     return f"{worker.owner}: {passages_s:,.1f} passages/s, holds {holds}, seen {worker.age_s:.0f} s ago{trouble}"
+
+
+def budget_words(budget: KeyBudget) -> str:
+    """For example: 1,870,000 of 2,000,000 tokens, 401 of 500 requests in the last minute; 12 of 50 at a time."""
+    limits, minute = budget.limits, "minute" if budget.window_s == 60 else f"{budget.window_s:g} s"
+    sent = f"{_of(budget.tokens, limits.tokens)} tokens, {_of(budget.requests, limits.requests)} requests"
+    parts = [f"{sent} in the last {minute}", f"{_of(budget.permits, budget.most_permits)} at a time"]
+    return "; ".join([*parts, *trouble_words(budget)])
+
+
+def trouble_words(budget: KeyBudget) -> Iterator[str]:
+    """What holds a key back beside its configured limits."""
+    if budget.closed_s > 0:
+        yield f"closed for {duration(max(1, budget.closed_s))}"
+    if budget.factor < 0.995:
+        yield f"at {budget.factor:.0%} of its pace after refusals"
+    learned, configured = asdict(budget.learned), asdict(budget.configured)
+    for name, words in (("tokens", "tokens"), ("requests", "requests"), ("concurrency", "at a time")):
+        if learned[name] and learned[name] != configured[name]:
+            than = f"{configured[name]:,} are configured" if configured[name] else "none is configured"
+            yield f"the provider allows {learned[name]:,} {words}, {than}"
 
 
 def fleet_record(fleet: Fleet, rates: Rates) -> dict[str, Any]:
@@ -122,10 +148,31 @@ def fleet_record(fleet: Fleet, rates: Rates) -> dict[str, Any]:
             {"name": inbox.name, "messages": inbox.messages, "dataset": inbox.dataset or None, "served": inbox.is_served}
             for inbox in fleet.inboxes
         ],
+        "budgets": [_budget_record(budget) for budget in fleet.budgets],
         "workers": [
             {"owner": worker.owner, "age_s": round(worker.age_s, 1), **worker.record} for worker in fleet.workers
         ],
     }  # fmt: skip
+
+
+def _budget_record(budget: KeyBudget) -> dict[str, Any]:
+    return {
+        "key_id": budget.key_id,
+        "configured": asdict(budget.configured),
+        "learned": {name: limit or None for name, limit in asdict(budget.learned).items()},
+        "window_s": budget.window_s,
+        "last_window": {"requests": budget.requests, "tokens": budget.tokens},
+        "ahead": {"requests": budget.later_requests, "tokens": budget.later_tokens},
+        "permits": {"held": budget.permits, "live": budget.live_permits, "most": budget.most_permits or None},
+        "closed_s": round(budget.closed_s, 1),
+        "factor": round(budget.factor, 3),
+        "live_asked_s_ago": None if budget.live_s is None else round(budget.live_s, 1),
+        "idle_s": round(budget.idle_s, 1),
+    }
+
+
+def _of(used: int, limit: int) -> str:
+    return f"{used:,} of {limit:,}" if limit else f"{used:,}"
 
 
 def _recent_rate(worker: WorkerReport, dataset_id: str | None, job: str | None) -> tuple[float, float]:

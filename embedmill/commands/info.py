@@ -10,6 +10,7 @@ import click
 from ..dataset.dataset import Dataset
 from ..dataset.layout import FORMAT_VERSION
 from ..dataset.summary import summarize
+from .billing import usd_words
 from .options import output_options
 
 
@@ -53,7 +54,10 @@ def _lines(dataset: Dataset) -> Iterator[str]:
     cut = f", cut at {embedder.max_input_tokens:,} tokens" if embedder.max_input_tokens else ""
     yield f"  embedder    {embedder.model}{cut} (fingerprint {embedder.fingerprint})"
     yield f"  vectors     {summary.embedded:,} of {dataset.info.dimensions:,} x {dataset.info.dtype}"
+    if summary.windows:
+        yield f"  windows     {summary.windows_words}"
     yield f"  stored      {float(str(record['committed_bytes'])) / 1e6:,.1f} MB in {summary.committed_shards:,} shards"
+    yield f"  billed      {summary.billed_tokens:,} tokens{usd_words(embedder.model, summary.billed_tokens)}"
     yield f"  sharding    {dataset.info.shard_rows:,} rows a shard, {dataset.info.chunk_rows:,} a chunk"
     yield "Open it elsewhere:"
     yield f"  zarr.open({dataset.url + '/vectors.zarr'!r}, mode='r')['vectors']"

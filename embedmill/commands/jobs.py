@@ -23,10 +23,13 @@ from worker.cancelling import cancel_shard
 from worker.service import worker_name
 
 from ..dataset.dataset import Dataset
-from ..dataset.layout import CANCELLED, EMBEDDED, Job
+from ..dataset.layout import CANCELLED, EMBEDDED, Job, TooLong
 from ..errors import ConfigurationError
 from ..messages import Lane
+from .batches import cancel_batches, check_batch, with_mode
+from .capping import at_cap, with_cap
 from .embedders import ModelChoice, make_embedder
+from .long_passages import remember_too_long, settle_too_long
 from .options import check_job_name, output_options, shared
 from .services import open_service
 
@@ -35,17 +38,33 @@ _TELL_LATER = "Without --redis, workers notice when they take their next task."
 
 @click.command()
 @click.argument("dataset", metavar="DATASET")
-@shared("model", "dimensions", "task", "job")
+@shared("model", "dimensions", "task", "late_chunking", "job", "max_tokens", "too_long", "batch")
 @click.option("--lane", type=click.Choice(get_args(Lane)), help="Live goes before bulk.  [default: bulk]")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), help="As stored.  [default: float32]")
 @output_options
-def create(dataset: str, job: str, lane: Lane | None, dtype: str | None, as_json: bool, **options: Any) -> int:
+def create(
+    dataset: str,
+    job: str,
+    max_tokens: int | None,
+    too_long: TooLong | None,
+    batch: bool | None,
+    lane: Lane | None,
+    dtype: str | None,
+    as_json: bool,
+    **options: Any,
+) -> int:
     """Make DATASET and a job in it, without documents: for services that should find it before the first push.
 
-    What is there already stays as it is; a different model, lane or dtype is refused.
+    What is there already stays as it is, but for the cap and `--batch`; a different model, lane or dtype is refused.
     """
     check_job_name(job)
     embedder = make_embedder(ModelChoice(**options)).spec
+    check_batch(embedder, batch)
+    if too_long == "split":
+        raise ConfigurationError(
+            "--too-long split is what `run` and `push` do with texts as they read them: say it there"
+        )
+    too_long = settle_too_long(too_long, to=dataset, job=job, late_chunking=embedder.late_chunking)
     made = Dataset.open_or_create(dataset, embedder=embedder, dtype=dtype or "float32")
     if dtype not in (None, made.info.dtype):
         raise ConfigurationError(f"{dataset} stores {made.info.dtype}: leave --dtype out, or make a new dataset")
@@ -54,11 +73,15 @@ def create(dataset: str, job: str, lane: Lane | None, dtype: str | None, as_json
         raise ConfigurationError(
             f"job {job} of {dataset} is in the lane {record.lane}: leave --lane out, or name a new job"
         )
+    remember_too_long(made, job, too_long)
+    record = made.change_job(job, lambda known: with_mode(with_cap(known, max_tokens), batch))
     if as_json:
         shown = {"dataset": made.url, "id": made.info.id, "fingerprint": made.info.embedder.fingerprint}
-        click.echo(json.dumps({**shown, "job": job, "lane": record.lane, "state": record.state}))
+        capped = {"max_tokens": record.max_tokens or None}
+        click.echo(json.dumps({**shown, "job": job, "lane": record.lane, "state": record.state, **capped}))
     else:
-        click.echo(f"{made.url}: {made.info.embedder.model}, job {job} ({record.lane}, {record.state})")
+        cap = f", at most {record.max_tokens:,} tokens" if record.max_tokens else ""
+        click.echo(f"{made.url}: {made.info.embedder.model}, job {job} ({record.lane}, {record.state}{cap})")
     return 0
 
 
@@ -73,20 +96,27 @@ def pause(job: str, to: str | None, redis: str | None, namespace: str, as_json: 
 
 @click.command()
 @click.argument("job", metavar="JOB")
-@shared("to", "redis", "namespace")
+@shared("to", "redis", "namespace", "max_tokens")
 @output_options
-def resume(job: str, to: str | None, redis: str | None, namespace: str, as_json: bool) -> int:
-    """Let JOB go on, whoever paused or cancelled it. What was cancelled stays so until it is pushed again."""
-    return anyio.run(_resume, _open(to, job), job, redis, namespace, as_json)
+def resume(job: str, to: str | None, redis: str | None, namespace: str, max_tokens: int | None, as_json: bool) -> int:
+    """Let JOB go on, whoever paused or cancelled it. What was cancelled stays so until it is pushed again.
+
+    A job that has reached its cap needs a larger one.
+    """
+    return anyio.run(_resume, _open(to, job), job, redis, namespace, max_tokens, as_json)
 
 
 @click.command()
 @click.argument("job", metavar="JOB")
-@shared("to", "redis", "namespace")
+@shared("to", "redis", "namespace", "api_base")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @output_options
-def cancel(job: str, to: str | None, redis: str | None, namespace: str, yes: bool, as_json: bool) -> int:
+def cancel(
+    job: str, to: str | None, redis: str | None, namespace: str, api_base: str | None, yes: bool, as_json: bool
+) -> int:
     """Give up what JOB still owes: results so far are stored, the other passages count as cancelled.
+
+    What it has at the provider's batch endpoint is cancelled there, where the key is at hand.
 
     Pushing the same documents again, once the job is resumed or under another one, embeds them anew.
     """
@@ -95,7 +125,7 @@ def cancel(job: str, to: str | None, redis: str | None, namespace: str, yes: boo
         if not sys.stdin.isatty():
             raise ConfigurationError(f"cancelling job {job} cannot be undone: add --yes to do it without being asked")
         click.confirm(f"Cancel job {job} of {dataset.url}? This cannot be undone", abort=True, err=True)
-    return anyio.run(_cancel, dataset, job, redis, namespace, as_json)
+    return anyio.run(_cancel, dataset, job, redis, namespace, api_base, as_json)
 
 
 def _open(to: str | None, job: str) -> Dataset:
@@ -131,13 +161,18 @@ async def _pause(dataset: Dataset, job: str, redis: str | None, namespace: str, 
     return 0
 
 
-async def _resume(dataset: Dataset, job: str, redis: str | None, namespace: str, as_json: bool) -> int:
+async def _resume(
+    dataset: Dataset, job: str, redis: str | None, namespace: str, max_tokens: int | None, as_json: bool
+) -> int:
     def go_on(known: Job) -> Job:
-        return replace(known, state="running", reason="", stopped_by="")
+        known = with_cap(known, max_tokens)
+        return known if at_cap(dataset, known) else replace(known, state="running", reason="", stopped_by="")
 
     queued = 0
     async with open_queue(redis, namespace) as queue:
-        await to_thread.run_sync(dataset.change_job, job, go_on)
+        reached = at_cap(dataset, await to_thread.run_sync(dataset.change_job, job, go_on))
+        if reached is not None:
+            raise reached
         if queue is not None:
             queued = await reconcile(dataset, queue)
     words = f"; {queued:,} shards queued" if queued else ""
@@ -148,7 +183,9 @@ async def _resume(dataset: Dataset, job: str, redis: str | None, namespace: str,
     return 0
 
 
-async def _cancel(dataset: Dataset, job: str, redis: str | None, namespace: str, as_json: bool) -> int:
+async def _cancel(
+    dataset: Dataset, job: str, redis: str | None, namespace: str, api_base: str | None, as_json: bool
+) -> int:
     def give_up(known: Job) -> Job:
         return replace(known, state="cancelled", reason="by embedmill cancel", stopped_by="user")
 
@@ -160,6 +197,8 @@ async def _cancel(dataset: Dataset, job: str, redis: str | None, namespace: str,
         if queue is not None:
             # A push that was at work may have queued more meanwhile.
             await queue.forget(dataset.info.id, job)
+    for left in await cancel_batches(dataset, job, api_base):
+        click.echo(f"embedmill: {left}", err=True)
     done = f"Job {job} is cancelled: {cancelled:,} passages given up, {kept:,} kept that were embedded."
     _say(done, queue, {"job": job, "state": "cancelled", "cancelled": cancelled, "kept": kept}, as_json=as_json)
     return 0

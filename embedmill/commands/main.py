@@ -29,6 +29,7 @@ _COMMANDS = {
     "resume": "jobs:resume",
     "cancel": "jobs:cancel",
     "dead": "dead:dead",
+    "batches": "batches:batches",
     "load": "load:load",
     "rehearse": "rehearse:rehearse",
     "scheduler": "services:scheduler",

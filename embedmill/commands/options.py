@@ -30,6 +30,15 @@ _SHARED: dict[str, dict[str, Any]] = {
     "model": {"metavar": "PROVIDER/NAME", "default": DEFAULT_MODEL, "show_default": True, "help": "What embeds."},
     "dimensions": {"type": click.IntRange(min=1), "help": "Matryoshka size, where the model has one."},
     "task": {"help": "The provider's task for documents, e.g. retrieval.passage."},
+    "late_chunking": {
+        "is_flag": True,
+        "help": "Passages of one document know of each other, where the model has that.",
+    },
+    "too_long": {
+        "type": click.Choice(["truncate", "split", "fail"]),
+        "help": "What becomes of passages over the model's limit; kept with the job.  [default: truncate]",
+    },
+    "tokenizer": {"metavar": "FILE", "help": "The model's tokenizer.json, for exact counts of tokens."},
     "api_base": {"metavar": "URL", "help": "The provider's address up to the version, e.g. https://api.jina.ai/v1."},
     "tier": {"help": "Preset of the key's limits: free, paid or premium."},
     "rpm": {"type": click.IntRange(min=1), "help": "Requests per minute that the key allows."},
@@ -62,6 +71,16 @@ _SHARED: dict[str, dict[str, Any]] = {
     "namespace": {"default": "default", "show_default": True, "help": "Prefix that separates queues on one server."},
     "milvus": {"metavar": "URI", "help": "A path for Milvus Lite, or http(s)://HOST:PORT; token in MILVUS_TOKEN."},
     "collection": {"metavar": "NAME", "help": "Collection in Milvus; else the dataset's name."},
+    "batch": {
+        "flags": "--batch/--no-batch",
+        "default": None,
+        "help": "Through the provider's batch endpoint, for a job that can wait for hours; kept with the job.",
+    },
+    "max_tokens": {
+        "type": click.IntRange(min=0),
+        "metavar": "N",
+        "help": "The most that the job may be billed in all, whoever works for it; kept with the job, 0 lifts it.",
+    },
     "job": {"default": "main", "show_default": True, "help": "Name of the job in the dataset."},
 }
 
@@ -72,7 +91,8 @@ def shared(*names: str) -> Callable[[_Decorated], _Decorated]:
     def decorate(function: _Decorated) -> _Decorated:
         for name in reversed(names):
             settings = {"envvar": _variable(name), "show_envvar": True, **_SHARED[name]}
-            function = click.option(f"--{name.replace('_', '-')}", name, **settings)(function)
+            flags = settings.pop("flags", f"--{name.replace('_', '-')}")
+            function = click.option(flags, name, **settings)(function)
         return function
 
     return decorate

@@ -132,3 +132,12 @@ def _table(snapshot: Snapshot, pace: Pace) -> Table:
 def _live(console: Console) -> Iterator[Callable[[Table], None]]:
     with Live(console=console, auto_refresh=False, transient=True) as live:
         yield lambda table: live.update(table, refresh=True)
+
+
+def size_words(count: float) -> str:
+    """Bytes, for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

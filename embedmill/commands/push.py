@@ -12,21 +12,29 @@ import click
 from anyio import to_thread
 from click.core import ParameterSource
 
+from embedmill.connection import Connection
 from scheduler.admission import Admitter
+from scheduler.caps import Caps
 from scheduler.intake import Intake
 from scheduler.queue import Queue
 from scheduler.reconcile import reconcile
+from worker.service import worker_name
+from worker.spend import LoggedCap, SpendLog
 
 from ..dataset.dataset import Dataset
 from ..dataset.layout import DATASET_KEY
 from ..dataset.store import open_store
 from ..dataset.work_lock import dataset_folder
+from ..embedder import EmbedderSpec
 from ..errors import ConfigurationError
 from ..messages import Lane
 from ..sources import FieldRules, open_source
-from .embedders import ModelChoice, make_embedder
+from .batches import check_batch
+from .embedders import LARGEST_TIER, REHEARSAL, ModelChoice, is_local, make_budget, make_embedder
 from .inbox_push import push_to_inbox
-from .options import check_job_name, make_chunking, output_options, shared, split_names
+from .long_passages import make_splitting, remember_too_long, settle_too_long
+from .options import check_job_name, output_options, shared, split_names
+from .probing import check_disk, probe_provider
 from .report import say_remarks
 from .run import remember_job
 from .services import open_service, require_redis, until_signal
@@ -35,8 +43,9 @@ from .standard_input import make_standard_input_stoppable
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@shared("to", "redis", "namespace", "model", "dimensions", "task", "text_field", "id_field", "job")
-@shared("chunk", "chunk_overlap", "strict")
+@shared("to", "redis", "namespace", "model", "dimensions", "task", "api_base", "text_field", "id_field", "job")
+@shared("max_tokens", "batch")
+@shared("chunk", "chunk_overlap", "late_chunking", "too_long", "strict")
 @click.option(
     "--inbox", metavar="NAME", help="Push through Redis, for a scheduler to admit: needs no dataset and no model."
 )
@@ -51,9 +60,16 @@ def push(sources: tuple[str, ...], to: str | None, redis: str | None, as_json: b
     check_job_name(options["job"])
     context = click.get_current_context()
     options["model_named"] = any(
-        context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in ("model", "dimensions", "task")
+        context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        for name in ("model", "dimensions", "task", "late_chunking")
     )
     if options["inbox"] is not None:
+        if options["too_long"] is not None:
+            raise ConfigurationError("--too-long belongs to a job of a dataset: say it with `embedmill create`")
+        if options["batch"] is not None:
+            raise ConfigurationError("--batch belongs to a job of a dataset: say it with `embedmill create`")
+        if options["max_tokens"] is not None:
+            raise ConfigurationError("--max-tokens belongs to a job of a dataset: say it with `embedmill create`")
         if to is not None:
             raise ConfigurationError("--inbox and --to exclude each other: the scheduler knows the dataset of an inbox")
         return anyio.run(push_to_inbox, sources, require_redis(redis), options, as_json)
@@ -65,16 +81,26 @@ def push(sources: tuple[str, ...], to: str | None, redis: str | None, as_json: b
 async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str, Any], as_json: bool) -> int:
     rules = FieldRules(text_fields=split_names(options["text_field"]), id_field=options["id_field"])
     standard_input = make_standard_input_stoppable() if "-" in sources else None
-    chunking = make_chunking(options)
+    spec = await to_thread.run_sync(_spec, to, options)
+    check_batch(spec, options["batch"])
+    too_long = settle_too_long(options["too_long"], to=to, job=options["job"], late_chunking=spec.late_chunking)
+    chunking = make_splitting(options, too_long, model=spec.model, late_chunking=spec.late_chunking)
     opened = [
         await to_thread.run_sync(partial(open_source, argument, rules=rules, chunking=chunking)) for argument in sources
     ]
-    dataset = await to_thread.run_sync(_open_dataset, to, options)
+    dataset = await to_thread.run_sync(partial(Dataset.open_or_create, to, embedder=spec))
     async with open_service(redis) as connection:
         queue = Queue(connection, namespace=options["namespace"])
         index = await to_thread.run_sync(dataset.open_index)
         _begin_job(dataset, options["job"], options["lane"])
-        job = remember_job(dataset, options["job"], sources)
+        job = remember_job(dataset, options["job"], sources, max_tokens=options["max_tokens"], batch=options["batch"])
+        await _probe(dataset, connection, options)
+        warning = await to_thread.run_sync(
+            partial(check_disk, dataset, sources, rules=rules, chunking=chunking, index=index, limit=options["limit"])
+        )
+        if warning:
+            click.echo(f"embedmill: {warning}", err=True)
+        remember_too_long(dataset, job.id, too_long)
         admitter = Admitter(dataset, index, job=job.id, lane=job.lane)
         rejects = dataset_folder(dataset) / "rejects"
         intake = Intake(admitter, queue, rejects=rejects, limit=options["limit"], strict=options["strict"])
@@ -110,12 +136,33 @@ async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str
     return int(intake.rejected > 0)
 
 
-def _open_dataset(to: str, options: dict[str, Any]) -> Dataset:
+def _spec(to: str, options: dict[str, Any]) -> EmbedderSpec:
     """A dataset that is there already says itself what embeds it; the model is asked only when it was named, too."""
     if not options["model_named"] and open_store(to).exists(DATASET_KEY):
-        return Dataset.open_or_create(to, embedder=Dataset.open(to).info.embedder)
-    choice = ModelChoice(options["model"], options["dimensions"], options["task"])
-    return Dataset.open_or_create(to, embedder=make_embedder(choice).spec)
+        return Dataset.open(to).info.embedder
+    names = ("model", "dimensions", "task", "late_chunking")
+    return make_embedder(ModelChoice(**{name: options[name] for name in names})).spec
+
+
+async def _probe(dataset: Dataset, connection: Connection, options: dict[str, Any]) -> None:
+    """Where the provider's key is at hand: a machine that only produces may have none."""
+    spec = dataset.info.embedder
+    if is_local(spec.model) or spec.revision == REHEARSAL:
+        return
+    # The workers know the key's limits, and one small request is within any: it waits for a gate, and for no pace.
+    choice = ModelChoice(spec.model, spec.dimensions, api_base=options["api_base"], tier=LARGEST_TIER)
+    try:
+        embedder = await to_thread.run_sync(make_embedder, choice)
+    except ConfigurationError as error:
+        click.echo(f"embedmill: the provider was not asked whether it answers: {error}", err=True)
+        return
+    try:
+        budget = make_budget(choice, connection, namespace=options["namespace"])
+        caps = Caps(connection, namespace=options["namespace"], alone=False)
+        log = SpendLog(dataset, worker=worker_name(), job=options["job"])
+        await probe_provider(embedder, budget, cap=LoggedCap(caps.of(dataset, options["job"]), log, shard=None))
+    finally:
+        await embedder.aclose()
 
 
 def _begin_job(dataset: Dataset, job: str, lane: Lane | None) -> None:

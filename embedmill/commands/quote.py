@@ -24,14 +24,16 @@ from ..dataset.layout import DATASET_KEY
 from ..dataset.store import open_store
 from ..embedder import Embedder
 from ..errors import ConfigurationError
+from ..exact_tokens import ExactTokens
 from ..models import TIERS, Tier, find_model, find_tier
 from ..prices import Price, price_of
 from ..sources import FieldRules, open_source
 from ..survey import Counts, CountTokens, Survey, survey
 from ..token_estimates import TokenEstimator, read_estimates
 from .embedders import ModelChoice, make_embedder, request_limits
-from .options import make_chunking, output_options, shared, split_names
-from .progress import duration
+from .long_passages import make_splitting, settle_too_long
+from .options import output_options, shared, split_names
+from .progress import duration, size_words
 
 _BEFORE_ANY_BILL, _LEAST_ERROR = 0.25, 0.02
 _ENOUGH_BILLS = 20
@@ -89,6 +91,7 @@ class Quote:
 @click.command(epilog=_EPILOG)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @shared("to", "model", "dimensions", "task", "tier", "rpm", "tpm", "text_field", "id_field", "chunk", "chunk_overlap")
+@shared("late_chunking", "too_long", "tokenizer")
 @click.option("--price", type=click.FloatRange(min=0), metavar="USD", help="For a million tokens.")
 @click.option("--by", "deadline", metavar="WHEN", help="A span (90min, 12h, 3d) or a time (2026-11-23T09:00).")
 @click.option(
@@ -109,8 +112,13 @@ def quote(sources: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """
     deadline_s = None if options["deadline"] is None else _seconds_until(options["deadline"])
     rules = FieldRules(text_fields=split_names(options["text_field"]), id_field=options["id_field"])
-    opened = [open_source(argument, rules=rules, chunking=make_chunking(options)) for argument in sources]
     dataset = _dataset(options)
+    late = options["late_chunking"]
+    if late:
+        find_model(options["model"]).check_late_chunking(late)
+    too_long = settle_too_long(options["too_long"], to=None, job="", late_chunking=late)
+    chunking = make_splitting(options, too_long, model=options["model"], late_chunking=late)
+    opened = [open_source(argument, rules=rules, chunking=chunking) for argument in sources]
     say = _say_nothing if as_json else _say_progress
     sample = options["sample"] or None
     if dataset is None:
@@ -133,6 +141,7 @@ def _dataset(options: dict[str, Any]) -> Dataset | None:
     dataset = Dataset.open(options["to"])
     spec = dataset.info.embedder
     options["model"], options["dimensions"], options["dtype"] = spec.model, spec.dimensions, dataset.info.dtype
+    options["late_chunking"] = spec.late_chunking
     return dataset
 
 
@@ -151,17 +160,23 @@ def _quote(
     if hosted:
         known = find_model(model)
         dimensions, limit = known.check_dimensions(options["dimensions"]), known.max_input_tokens
-        count: CountTokens = estimator.estimate
+        exact = ExactTokens(options["tokenizer"]) if options["tokenizer"] else None
+        count: CountTokens = exact.count if exact else estimator.estimate
     else:
-        embedder = make_embedder(ModelChoice(model, options["dimensions"], options["task"]))
+        exact = None
+        embedder = make_embedder(
+            ModelChoice(model, options["dimensions"], options["task"], tokenizer=options["tokenizer"])
+        )
         dimensions, limit, count = embedder.spec.dimensions, 0, embedder.estimate_tokens
     found = survey(sources, count_tokens=count, max_input_tokens=limit, index=index, sample=sample, on_progress=say)
     if embedder is not None:
         paces, counting, bills = anyio.run(_measure, embedder, found), 0.0, None
     else:
-        paces = [_pace(tier, found, model, count) for tier in _tiers(options)]
+        paces = [_pace(tier, found, options, count) for tier in _tiers(options)]
         bills = estimator.bills
         counting = max(_LEAST_ERROR, estimator.error) if bills >= _ENOUGH_BILLS else _BEFORE_ANY_BILL
+        if exact:
+            counting, bills = 0.0, None
     price = price_of(model, usd=options["price"])
     error = math.hypot(counting, found.spread)
     return Quote(model, dimensions, found, error, bills, price, paces, 2 if options["dtype"] == "float16" else 4)
@@ -179,11 +194,19 @@ def _tiers(options: dict[str, Any]) -> list[Tier]:
     ]
 
 
-def _pace(tier: Tier, found: Survey, model: str, count: CountTokens) -> Pace:
-    """Tokens or requests, whichever takes longer; the first passages say how many of them share a request."""
+def _pace(tier: Tier, found: Survey, options: dict[str, Any], count: CountTokens) -> Pace:
+    """Tokens or requests, whichever takes longer; the first passages say how many of them share a request.
+
+    With late chunking, a document has a request of its own, and a long one several.
+    """
     tokens, total = [math.ceil(n) for n in count(found.texts)] if found.texts else [], found.total
-    batches = len(pack(tokens, limits=request_limits(model, tier)))
-    requests = max(batches / len(tokens) * (total.passages - total.unchanged) if tokens else 0.0, 0.0)
+    limits = request_limits(options["model"], tier, late_chunking=options["late_chunking"])
+    if options["late_chunking"]:
+        owed = 1 - total.unchanged / total.passages if total.passages else 0.0
+        requests = max(total.documents * owed, total.tokens / limits.max_tokens)
+    else:
+        batches = len(pack(tokens, limits=limits))
+        requests = max(batches / len(tokens) * (total.passages - total.unchanged) if tokens else 0.0, 0.0)
     minutes = max(total.tokens / tier.tokens, requests / tier.requests) / _USED_SHARE
     return Pace(tier.name, requests, minutes * 60)
 
@@ -234,7 +257,7 @@ def _lines(made: Quote, deadline_s: float | None) -> Iterator[str]:
     if total.rejected:
         yield f"  rejected    {about}{total.rejected:,.0f} records cannot be documents"
     if total.cut:
-        yield f"  cut         {about}{total.cut:,.0f} passages are longer than the model takes; --chunk splits them"
+        yield f"  cut         {about}{total.cut:,.0f} passages are longer than the model takes: see --too-long"
     yield f"  tokens      {total.tokens:,.0f}{_error_words(made)}"
     yield f"  price       {_price_words(made)}"
     for pace in made.paces:
@@ -243,8 +266,8 @@ def _lines(made: Quote, deadline_s: float | None) -> Iterator[str]:
             verdict = "   in time" if pace.seconds * (1 + made.error) <= deadline_s else "   too late"
         requests = f" in {pace.requests:,.0f} requests" if pace.requests is not None else ""
         yield f"  time        {duration(pace.seconds)}{requests}, {pace.name}{verdict}"
-    yield f"  dataset     {_size(made.dataset_bytes)}"
-    yield f"  milvus      {_size(made.milvus_bytes)} of memory, as float32 in an HNSW index, beside the texts"
+    yield f"  dataset     {size_words(made.dataset_bytes)}"
+    yield f"  milvus      {size_words(made.milvus_bytes)} of memory, as float32 in an HNSW index, beside the texts"
     if deadline_s is not None and made.paces and not _in_time(made, deadline_s):
         yield f"Nothing here is done in {duration(deadline_s)}: several keys are several budgets"
 
@@ -273,14 +296,6 @@ def _price_words(made: Quote) -> str:
     span = f", {at * (1 - error):,.2f} to {at * (1 + error):,.2f}" if error else ""
     since = f" on {price.as_of}" if price.as_of else ""
     return f"{at:,.2f} USD{span} (at {price.usd:g} for a million tokens; {price.source}{since})"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
 
 
 def _as_record(made: Quote, deadline_s: float | None) -> dict[str, Any]:

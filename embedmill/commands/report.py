@@ -14,6 +14,7 @@ from scheduler.intake import Intake
 from worker.requesting import WorkerCounts
 
 from ..dataset.summary import DatasetSummary
+from .billing import Bill
 from .pipeline import Outcome
 from .progress import duration
 
@@ -32,6 +33,7 @@ class RunEnded:
     counts: WorkerCounts
     intake: Intake
     outcome: Outcome
+    bill: Bill
 
     def status(self, summary: DatasetSummary) -> int:
         """0 all done; 1 done, but some documents were rejected or failed; 3 stopped before the end."""
@@ -68,11 +70,16 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
         yield f"  passages    {ended.outcome.done:,} done so far of {summary.admitted:,} ({counts.embedded:,} now)"
     else:
         yield f"  passages    {summary.embedded:,} embedded of {summary.admitted:,} ({counts.embedded:,} now)"
-    yield f"  tokens      {counts.tokens:,} in {counts.requests:,} requests"
+    billed, *quoted = ended.bill.words()
+    yield f"  tokens      {billed}, in {counts.requests:,} requests"
+    for line in quoted:
+        yield f"  quoted      {line}"
     if counts.lost_tokens:
         yield f"              and up to about {counts.lost_tokens:,} more for requests whose answer was lost"
     if counts.truncated:
         yield f"  cut         {counts.truncated:,} passages, to the model's limit"
+    if summary.windows:
+        yield f"  windows     {summary.windows_words}"
     if counts.rate_limited or counts.failed_requests:
         yield f"  retried     {counts.rate_limited:,} rate-limited, {counts.failed_requests:,} failed requests"
     if summary.owed and not ended.outcome.stopped:
@@ -125,6 +132,7 @@ def _as_record(ended: RunEnded, summary: DatasetSummary, status: int) -> dict[st
             "rate_limited": counts.rate_limited,
             "failed_requests": counts.failed_requests,
         },
+        "bill": ended.bill.as_dict(),
         "remarks": ended.intake.remarks,
         "rejects": [str(path) for path in ended.intake.reject_files],
         "loaded": loader.counts.rows_upserted if loader else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,21 +18,31 @@ from anyio import to_thread
 from embedmill.connection import Connection
 from scheduler.admission import Admitter
 from scheduler.budget import RequestBudget
+from scheduler.caps import Caps
+from scheduler.housekeeping import Housekeeping
 from scheduler.intake import Intake
 from scheduler.queue import Queue
-from worker.attempts import embed_batch
+from worker.service import worker_name
+from worker.spend import LoggedCap, SpendLog
 
 from ..dataset.dataset import Dataset
-from ..dataset.layout import Job
-from ..dataset.store import LocalStore
-from ..dataset.summary import spent_recently, summarize
+from ..dataset.index import DatasetIndex
+from ..dataset.layout import Job, TooLong
+from ..dataset.spending import spent_recently
+from ..dataset.summary import summarize
 from ..dataset.work_lock import dataset_folder, work_alone
 from ..embedder import Embedder
 from ..errors import ConfigurationError
 from ..sources import Chunking, FieldRules, Source, open_source
-from .embedders import ModelChoice, make_budget, make_embedder
-from .options import check_job_name, make_chunking, output_options, shared, split_names
+from ..token_estimates import LearnsTokens
+from .batches import check_batch, with_mode
+from .billing import Bill, quoted_tokens
+from .capping import at_cap, with_cap
+from .embedders import ModelChoice, is_local, make_budget, make_embedder
+from .long_passages import make_splitting, remember_too_long, settle_too_long
+from .options import check_job_name, output_options, shared, split_names
 from .pipeline import Pipeline, open_connection
+from .probing import check_disk, probe_provider
 from .report import RunEnded, report
 from .standard_input import StoppableInput, make_standard_input_stoppable
 
@@ -64,6 +74,7 @@ class RunRequest:
     to: str
     rules: FieldRules
     chunking: Chunking | None
+    too_long: TooLong
     strict: bool
     choice: ModelChoice
     redis: str | None
@@ -75,14 +86,16 @@ class RunRequest:
     dtype: str
     as_json: bool
     rehearse: bool = False
+    batch: bool | None = None
+    max_tokens: int | None = None
 
 
 @click.command(epilog=_EPILOG)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @shared("to", "model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency", "text_field", "id_field")
-@shared("chunk", "chunk_overlap", "strict", "milvus")
+@shared("chunk", "chunk_overlap", "late_chunking", "too_long", "tokenizer", "strict", "milvus")
 @click.option("--no-milvus", is_flag=True, help="Build the dataset only.")
-@shared("collection", "redis", "namespace", "job")
+@shared("collection", "redis", "namespace", "job", "max_tokens", "batch")
 @click.option("--limit", type=click.IntRange(min=1), help="Take so many documents only: a first bite.")
 @click.option("--rehearse", is_flag=True, help="Against a stand-in for the provider, here: nothing is sent or paid.")
 @click.option(
@@ -110,12 +123,26 @@ def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
         raise ConfigurationError("--milvus and --no-milvus exclude each other")
     check_job_name(options["job"])
     milvus = None if options["no_milvus"] else options["milvus"] or str(Path(to) / _LITE_NAME)
-    names = ("model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency")
+    names = (
+        "model",
+        "dimensions",
+        "task",
+        "api_base",
+        "tier",
+        "rpm",
+        "tpm",
+        "concurrency",
+        "late_chunking",
+        "tokenizer",
+    )
+    model, late = options["model"], options["late_chunking"]
+    too_long = settle_too_long(options["too_long"], to=to, job=options["job"], late_chunking=late)
     return RunRequest(
         sources=sources,
         to=to,
         rules=FieldRules(text_fields=split_names(options["text_field"]), id_field=options["id_field"]),
-        chunking=make_chunking(options),
+        chunking=make_splitting(options, too_long, model=model, late_chunking=late),
+        too_long=too_long,
         strict=options["strict"],
         choice=ModelChoice(**{name: options[name] for name in names}, rehearsed=rehearse),
         redis=options["redis"],
@@ -127,6 +154,8 @@ def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
         dtype=options["dtype"],
         as_json=options["as_json"],
         rehearse=rehearse,
+        batch=options["batch"],
+        max_tokens=options["max_tokens"],
     )
 
 
@@ -145,15 +174,19 @@ async def _rehearse(request: RunRequest) -> int:
         latency_ms=400, jitter_ms=100, ms_per_1k_tokens=40, error_503=0.005, drop_after=0.001,
     )  # fmt: skip
     async with serve_rehearsal(behaviour) as (api_base, simulator):
-        status = await _run(replace(request, choice=replace(request.choice, api_base=api_base)))
-        seen = simulator.stats()
-    words = ", ".join(f"{count:,} times {kind}" for kind, count in sorted(dict(seen["statuses"]).items()))  # type: ignore[call-overload]
+        try:
+            return await _run(replace(request, choice=replace(request.choice, api_base=api_base)))
+        finally:
+            _say_rehearsed(simulator.stats())
+
+
+def _say_rehearsed(seen: Mapping[str, Any]) -> None:
+    words = ", ".join(f"{count:,} times {kind}" for kind, count in sorted(seen["statuses"].items())) or "nothing"
     click.echo(
         f"embedmill: a rehearsal: the vectors mean nothing. The stand-in answered {words}, and would have billed"
         f" {seen['tokens_billed']:,} tokens, {seen['tokens_billed_again']:,} of them for texts that it had billed before",
         err=True,
     )
-    return status
 
 
 async def _run(request: RunRequest) -> int:
@@ -164,6 +197,7 @@ async def _run(request: RunRequest) -> int:
     ]
     embedder = await to_thread.run_sync(make_embedder, request.choice)
     try:
+        check_batch(embedder.spec, request.batch)
         dataset = await to_thread.run_sync(_open_dataset, request, embedder)
         with work_alone(dataset_folder(dataset)):
             ended = await _run_on(dataset, sources, embedder, request, standard_input)
@@ -179,18 +213,20 @@ async def _run_on(
     request: RunRequest,
     standard_input: StoppableInput | None,
 ) -> RunEnded:
-    job = remember_job(dataset, request.job, request.sources)
+    job = remember_job(dataset, request.job, request.sources, batch=request.batch, max_tokens=request.max_tokens)
+    remember_too_long(dataset, request.job, request.too_long)
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(open_connection(request.redis))
         # A queue of its own, since this worker knows one model only; the budget of the key is everybody's.
         queue = await stack.enter_async_context(_own_queue(connection, f"{request.namespace}:run:{dataset.info.id}"))
         budget = make_budget(request.choice, connection, namespace=request.namespace)
-        await budget.restore(await to_thread.run_sync(partial(spent_recently, dataset, key_id=budget.key_id)))
-        await _probe(embedder, budget)
+        await budget.restore(lambda key_id: to_thread.run_sync(partial(spent_recently, dataset, key_id=key_id)))
+        probed_tokens = await _probe(embedder, budget, connection, dataset, request)
         loader = _make_loader(dataset, request)
         if loader is not None:
             await stack.enter_async_context(loader)
         index = stack.enter_context(closing(await to_thread.run_sync(dataset.open_index)))
+        await to_thread.run_sync(_check_disk, dataset, index, request)
         admitter = Admitter(dataset, index, job=job.id, lane=job.lane)
         rejects = dataset_folder(dataset) / "rejects"
         intake = Intake(admitter, queue, rejects=rejects, limit=request.limit, strict=request.strict)
@@ -199,24 +235,46 @@ async def _run_on(
             embedder=embedder, budget=budget, intake=intake, admitter=admitter, loader=loader,
             standard_input=standard_input,
         )  # fmt: skip
+        if isinstance(embedder, LearnsTokens):
+            pipeline.worker.compare_with_quote(quoted_tokens(dataset))
         outcome = await pipeline.run(sources, quiet=request.as_json)
-        return RunEnded(request.to, request.milvus, request.collection, loader, pipeline.worker.counts, intake, outcome)
+        bill = Bill.of(embedder.spec.model, pipeline.worker.counts, probed_tokens=probed_tokens)
+        return RunEnded(
+            request.to, request.milvus, request.collection, loader, pipeline.worker.counts, intake, outcome, bill
+        )
 
 
 def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:
     dataset = Dataset.open_or_create(request.to, embedder=embedder.spec, dtype=request.dtype)
     if dataset.info.dtype != request.dtype and request.dtype != "float32":
         raise ConfigurationError(f"{request.to} stores {dataset.info.dtype}: leave --dtype out, or write a new dataset")
-    if isinstance(dataset.store, LocalStore):
-        dataset.store.sweep(older_than_s=3600)
+    Housekeeping(dataset).sweep()
     return dataset
 
 
-async def _probe(embedder: Embedder, budget: RequestBudget) -> None:
-    """One small request, so that a bad key or a wrong address is found before anything is queued."""
-    if embedder.spec.model.startswith(("local/", "null/")):
-        return
-    await embed_batch(embedder, ["embedmill"], budget=budget, role="query")
+async def _probe(
+    embedder: Embedder, budget: RequestBudget, connection: Connection, dataset: Dataset, request: RunRequest
+) -> int:
+    if is_local(embedder.spec.model):
+        return 0
+    caps = Caps(connection, namespace=request.namespace, alone=True)
+    log = SpendLog(dataset, worker=worker_name(), job=request.job)
+    cap = LoggedCap(caps.of(dataset, request.job), log, shard=None)
+    return await probe_provider(embedder, budget, cap=cap)
+
+
+def _check_disk(dataset: Dataset, index: DatasetIndex, request: RunRequest) -> None:
+    warning = check_disk(
+        dataset,
+        request.sources,
+        rules=request.rules,
+        chunking=request.chunking,
+        index=index,
+        limit=request.limit,
+        milvus_here=request.milvus is not None and request.milvus == str(Path(request.to) / _LITE_NAME),
+    )
+    if warning:
+        click.echo(f"embedmill: {warning}", err=True)
 
 
 @asynccontextmanager
@@ -240,19 +298,33 @@ def _make_loader(dataset: Dataset, request: RunRequest) -> Loader | None:
     return Loader(dataset, MilvusTarget(request.milvus, collection=request.collection))
 
 
-def remember_job(dataset: Dataset, job: str, sources: Sequence[str]) -> Job:
-    """Note in the dataset what the job reads, and that it goes on.
+def remember_job(
+    dataset: Dataset,
+    job: str,
+    sources: Sequence[str],
+    *,
+    batch: bool | None = None,
+    max_tokens: int | None = None,
+) -> Job:
+    """Note in the dataset what the job reads, that it goes on, and its cap, and whether by batches, where that is said.
 
-    What a worker paused for want of balance goes on; what a person stopped does not: raises ConfigurationError.
+    What a worker paused for want of balance goes on. Raises ConfigurationError for what a person stopped, CapReached for a
+    job that has reached its cap.
     """
 
     def go_on(known: Job) -> Job:
         require_not_stopped(dataset, known)
+        known = with_cap(with_mode(known, batch), max_tokens)
+        if at_cap(dataset, known) is not None:
+            return known
         added = tuple(source for source in sources if source not in known.sources)
         return replace(known, state="running", reason="", stopped_by="", sources=known.sources + added)
 
     before = dataset.job(job)
     after = dataset.change_job(job, go_on)
+    reached = at_cap(dataset, after)
+    if reached is not None:
+        raise reached
     if before is not None and before.state != "running":
         click.echo(f"embedmill: job {job} was {before.state} ({before.reason}); it goes on", err=True)
     return after

@@ -60,7 +60,8 @@ def scheduler(datasets: tuple[str, ...], redis: str | None, namespace: str, ling
 
 
 @click.command()
-@shared("redis", "namespace", "model", "dimensions", "task", "api_base", "tier", "rpm", "tpm", "concurrency")
+@shared("redis", "namespace", "model", "dimensions", "task", "late_chunking", "tokenizer")
+@shared("api_base", "tier", "rpm", "tpm", "concurrency")
 @click.option(
     "--lease", "lease_s", type=click.FloatRange(min=2, max=3600), default=LEASE_S, show_default=True, metavar="SECONDS",
     help="How long a dead worker's shards wait for the next one; extended four times as often.",

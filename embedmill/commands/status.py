@@ -20,6 +20,8 @@ from ..dataset.dead_letters import FailedRow, failed_rows
 from ..dataset.layout import Job
 from ..dataset.summary import DatasetSummary, shards_of, summarize
 from ..errors import ConfigurationError
+from .billing import price_lines
+from .capping import spent_of
 from .fleet import Fleet, Rates, fleet_lines, fleet_record, look_at, rates_of, time_left
 from .jobs import require_job
 from .options import check_job_name, output_options, shared
@@ -99,7 +101,10 @@ def _lines(dataset: Dataset | None, job: str | None, fleet: Fleet | None, rates:
         summary, kept = _counted(dataset, job)
         owed = summary.owed - kept
         yield from _dataset_lines(place_words(dataset, job), summary, kept)
+        yield from price_lines(dataset.info.embedder.model, summary.billed_tokens)
         for known in _jobs(dataset, job):
+            if known.max_tokens:
+                yield f"  cap         {spent_of(dataset, known.id):,} of {known.max_tokens:,} tokens of job {known.id}"
             if known.state != "running":
                 yield f"  job         {known.id} is {known.state}: {known.reason}"
     if fleet is not None:
@@ -157,7 +162,14 @@ def _as_record(dataset: Dataset | None, job: str | None, fleet: Fleet | None, ra
             "in_checkpoints": kept,
             "failures": [{**letter.failure.as_dict(), "state": letter.state} for letter in _letters(dataset, job)],
             "jobs": [
-                {"id": known.id, "lane": known.lane, "state": known.state, "reason": known.reason}
+                {
+                    "id": known.id,
+                    "lane": known.lane,
+                    "state": known.state,
+                    "reason": known.reason,
+                    "max_tokens": known.max_tokens or None,
+                    "capped_tokens": spent_of(dataset, known.id) if known.max_tokens else None,
+                }
                 for known in _jobs(dataset, job)
             ],
         }

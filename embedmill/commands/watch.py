@@ -22,7 +22,7 @@ from scheduler.queue import Queue
 from ..dataset.dataset import Dataset
 from ..dataset.summary import DatasetSummary, summarize
 from ..errors import TransientError
-from .fleet import Fleet, Rates, look_at, rate_words, rates_of, time_left
+from .fleet import Fleet, Rates, look_at, rate_words, rates_of, time_left, trouble_words
 from .progress import duration
 from .services import until_signal
 
@@ -103,6 +103,8 @@ def plain_line(look: Look) -> str:
         ready, delayed = sum(job.ready for job in jobs), sum(job.delayed for job in jobs)
         parts.append(f"{ready:,} ready, {look.fleet.leased:,} leased, {delayed:,} delayed")
         parts.append(f"{len(look.fleet.workers):,} workers, {rate_words(look.rates)}")
+        for budget in look.fleet.budgets:
+            parts += [f"key {budget.key_id} {words}" for words in trouble_words(budget)]
     left = time_left(look.owed, look.rates)
     if left:
         parts.append(f"{left} left")
@@ -120,6 +122,8 @@ def live_view(look: Look) -> RenderableType:
         backlog = look.fleet.backlog()
         words = f"{backlog['passages']:,} passages, about {backlog['tokens']:,} tokens to do; {rate_words(look.rates)}"
         parts += [Text(), Text(words), Text(), _jobs(look.fleet), Text(), _workers(look.fleet, look.rates)]
+        if look.fleet.budgets:
+            parts += [Text(), _keys(look.fleet)]
     if look.trouble:
         parts.append(Text(look.trouble, style="yellow"))
     return Group(*parts)
@@ -161,6 +165,16 @@ def _workers(fleet: Fleet, rates: Rates) -> Table:
         table.add_row(Text("none", style="dim"))
     elif len(fleet.workers) > _SHOWN_WORKERS:
         table.add_row(Text(f"and {len(fleet.workers) - _SHOWN_WORKERS:,} more", style="dim"))
+    return table
+
+
+def _keys(fleet: Fleet) -> Table:
+    table = _table("key", "tokens", "of", "requests", "of", "at a time", "of", "")
+    for budget in fleet.budgets:
+        limits = budget.limits
+        counts = (budget.tokens, limits.tokens, budget.requests, limits.requests, budget.permits, budget.most_permits)
+        numbers = (f"{count:,}" if count or not place % 2 else "-" for place, count in enumerate(counts))
+        table.add_row(*map(Text, (budget.key_id, *numbers, "; ".join(trouble_words(budget)))))
     return table
 
 

@@ -36,7 +36,10 @@ TOKENS_KEY = "tokens.json"
 BATCHES_KEY = "batches.jsonl"
 
 JobState = Literal["running", "paused", "cancelled"]
+JobMode = Literal["direct", "batch"]
 StoppedBy = Literal["", "user", "worker"]
+TooLong = Literal["truncate", "split", "fail"]
+"""What becomes of a passage over the model's limit: cut by the provider, split at admission, or a dead letter."""
 Status = Literal["owed", "embedded", "failed", "deleted", "cancelled"]
 STATUSES: tuple[Status, ...] = ("owed", "embedded", "failed", "deleted", "cancelled")
 _SPEC_FIELDS = {field.name for field in fields(EmbedderSpec)}
@@ -184,6 +187,14 @@ class Failure:
         return {"row": self.row, "id": self.id, "version": self.version, "code": self.code, "cause": self.cause}
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Window:
+    """Late chunking: a document was embedded in several requests, and this is one: its embedded rows from `first_row` on."""
+
+    first_row: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class StoredObject:
     """Size and crc32c (8 hex digits) of a stored object."""
@@ -197,7 +208,8 @@ class Marker:
     """`commits/K.json`, written last: from then on the shard is done, and this is what is true of it.
 
     statuses: (rows,) uint8, positions in STATUSES. billed_tokens: what all attempts together were billed, as far as known.
-    retries: row -> (shard, row) of the failure that it tries again; that one does not count any more.
+    retries: row -> (shard, row) of the failure that it tries again; that one does not count any more. windows: of the
+    documents that late chunking could not embed whole.
     """
 
     shard: int
@@ -213,6 +225,7 @@ class Marker:
     replaces: tuple[int, ...] = ()
     objects: Mapping[str, StoredObject] = field(default_factory=dict)
     retries: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    windows: tuple[Window, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -232,6 +245,7 @@ class Marker:
                 "truncated": list(self.truncated),
                 "replaces": list(self.replaces),
                 "retries": [[row, *place] for row, place in sorted(self.retries.items())],
+                "windows": [[window.first_row, window.rows] for window in self.windows],
                 "billed_tokens": self.billed_tokens,
                 "requests": self.requests,
                 "fingerprint": self.fingerprint,
@@ -261,6 +275,7 @@ class Marker:
                 replaces=tuple(record["replaces"]),
                 retries={row: (shard, old_row) for row, shard, old_row in record.get("retries", [])},
                 objects={key: StoredObject(**known(StoredObject, value)) for key, value in record["objects"].items()},
+                windows=tuple(Window(first_row, rows) for first_row, rows in record.get("windows", [])),
             )
             rows = record["rows"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -274,7 +289,10 @@ class Marker:
 class Job:
     """`jobs/JOB.json`: what was asked for, and whether it goes on. Changed by compare-and-swap only.
 
+    mode: how its passages are sent, one request after the other or through the provider's batch endpoint;
     stopped_by: who paused or cancelled it; a worker does so for want of balance, and then `run` and `push` start it again.
+    too_long: what becomes of a passage over the model's limit;
+    caps: `max_tokens`, the most that it may be billed in all, and `reached`, the cap at which it was last stopped.
     """
 
     id: str
@@ -285,6 +303,18 @@ class Job:
     caps: Mapping[str, int] = field(default_factory=dict)
     created_at: str = ""
     stopped_by: StoppedBy = ""
+    mode: JobMode = "direct"
+    too_long: TooLong = "truncate"
+
+    @property
+    def max_tokens(self) -> int:
+        """0 for no cap."""
+        return self.caps.get("max_tokens", 0)
+
+    @property
+    def has_reached_cap(self) -> bool:
+        """It was stopped at its cap, and the cap is no larger now."""
+        return 0 < self.max_tokens <= self.caps.get("reached", 0)
 
     def to_bytes(self) -> bytes:
         return to_json(
@@ -292,6 +322,8 @@ class Job:
                 "format_version": FORMAT_VERSION,
                 "id": self.id,
                 "lane": self.lane,
+                "mode": self.mode,
+                "too_long": self.too_long,
                 "state": self.state,
                 "reason": self.reason,
                 "stopped_by": self.stopped_by,
@@ -306,9 +338,12 @@ class Job:
         record = from_json(data, name=name)
         check_version(record, name=name)
         try:
-            return replace(cls(**known(cls, record)), sources=tuple(record["sources"]))
+            job = replace(cls(**known(cls, record)), sources=tuple(record["sources"]))
         except (KeyError, TypeError) as error:
             raise CorruptStore(f"{name} is incomplete: {error}") from error
+        if not isinstance(job.caps, dict) or any(type(cap) is not int or cap < 0 for cap in job.caps.values()):
+            raise CorruptStore(f"{name} has caps that are no numbers of tokens")
+        return job
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import Any
 
 from . import layout
 from .dataset import Dataset
 from .dead_letters import failed_rows, retried_places
+from .spending import spend_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +16,8 @@ class DatasetSummary:
     """Accepted (id, version) by what became of them. admitted = embedded + failed + deleted + cancelled + owed.
 
     A failure that was tried again counts as what came of that. dropped, superseded: those of the failed that nobody has to
-    look at any more. billed_tokens: of all attempts of all workers, as their spend logs say.
+    look at any more. billed_tokens: of all attempts of all workers, as their spend logs say. windows: requests that the
+    documents took which late chunking could not embed whole.
     """
 
     shards: int
@@ -34,11 +32,16 @@ class DatasetSummary:
     billed_tokens: int
     dropped: int = 0
     superseded: int = 0
+    windows: int = 0
 
     @property
     def open_failures(self) -> int:
         """Failures that somebody should look at: what ends commands with status 1."""
         return self.failed - self.dropped - self.superseded
+
+    @property
+    def windows_words(self) -> str:
+        return f"{self.windows:,}, of documents that late chunking could not embed whole"
 
     @property
     def failed_words(self) -> str:
@@ -65,8 +68,8 @@ def summarize(dataset: Dataset, *, job: str | None = None) -> DatasetSummary:
     def count(status: int) -> int:
         return sum(marker.count(status) for marker in markers)
 
-    lines = (line for line in _spend_lines(dataset) if job is None or line.get("shard") in mine)
-    in_logs = sum(line["tokens"] for line in lines)
+    lines = (line for line in spend_lines(dataset) if job is None or line.job == job or line.shard in mine)
+    in_logs = sum(line.tokens for line in lines)
     in_markers = sum(marker.billed_tokens for marker in markers)
     return DatasetSummary(
         shards=len(shards),
@@ -81,28 +84,10 @@ def summarize(dataset: Dataset, *, job: str | None = None) -> DatasetSummary:
         billed_tokens=max(in_markers, in_logs),
         dropped=sum(letter.state == "dropped" for letter in failures),
         superseded=sum(letter.state == "superseded" for letter in failures),
+        windows=sum(len(marker.windows) for marker in markers),
     )
 
 
 def shards_of(dataset: Dataset, shards: Iterable[int], *, job: str | None) -> list[int]:
     """Those of one job; all without one."""
     return [shard for shard in shards if dataset.admission(shard).job == job] if job else list(shards)
-
-
-def spent_recently(dataset: Dataset, *, key_id: str, within_s: float = 60.0) -> int:
-    """Tokens that the spend logs say one key was billed in the last `within_s` seconds, by the clock of this machine."""
-    now = datetime.now(tz=UTC)
-    lines = (line for line in _spend_lines(dataset) if line.get("key") == key_id)
-    return sum(
-        line["tokens"] for line in lines if (now - datetime.fromisoformat(line["at"])).total_seconds() < within_s
-    )
-
-
-def _spend_lines(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Every line of every spend log; one that a crash cut short is passed over."""
-    for name in dataset.store.names(layout.SPEND_FOLDER):
-        for line in dataset.store.read(f"{layout.SPEND_FOLDER}/{name}").splitlines():
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and {"at", "tokens"} <= record.keys():
-                    yield record

@@ -9,7 +9,7 @@ import numpy as np
 
 from .contract import EmbeddingRequest
 from .refusals import internal_error
-from .vectors import encoded, pretend_sparse, pretend_vectors
+from .vectors import encoded, pretend_context, pretend_sparse, pretend_vectors
 
 
 def answer(request: EmbeddingRequest, *, fault: str | None, shuffle_seed: int | None, bare_sparse: bool) -> bytes:
@@ -40,7 +40,10 @@ def embeddings(request: EmbeddingRequest, *, fault: str | None = None) -> list[o
     if request.sparse:
         return _spoiled_sparse([pretend_sparse(text) for text in request.texts], fault)
     vectors = pretend_vectors(
-        request.texts, model=request.model, dimensions=request.dimensions, normalized=request.normalized
+        request.texts,
+        model=pretend_context(request.texts, model=request.model) if request.together else request.model,
+        dimensions=request.dimensions,
+        normalized=request.normalized,
     )
     if fault == "nan_row":
         vectors = vectors.copy()

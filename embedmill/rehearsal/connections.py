@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -45,11 +46,13 @@ async def cut(http: web.Request, account: Account, body: bytes) -> web.StreamRes
 async def send_lines(http: web.Request, lines: Iterator[bytes], *, halved: bool) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
     await response.prepare(http)
-    for line in lines:
-        await response.write(line[: len(line) // 2] if halved else line)
-        if halved:
-            if http.transport is not None:
-                http.transport.close()
-            return response
-    await response.write_eof()
+    # A client may go away when it has seen enough.
+    with suppress(ConnectionResetError):
+        for line in lines:
+            await response.write(line[: len(line) // 2] if halved else line)
+            if halved:
+                if http.transport is not None:
+                    http.transport.close()
+                return response
+        await response.write_eof()
     return response

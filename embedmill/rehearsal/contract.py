@@ -87,7 +87,8 @@ CONTRACTS: dict[str, ModelContract] = {
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """A body that keeps the contract. tokens: per text, as billed; undeclared: its fields that the schema lacks."""
+    """A body that keeps the contract. tokens: per text, as billed; undeclared: its fields that the schema lacks; together:
+    late chunking, so that the vector of each text knows the others."""
 
     model: str
     texts: list[str]
@@ -96,6 +97,7 @@ class EmbeddingRequest:
     encodings: tuple[str, ...]
     normalized: bool
     undeclared: tuple[str, ...]
+    together: bool = False
 
     @property
     def total_tokens(self) -> int:
@@ -143,6 +145,7 @@ def parse_request(raw: bytes, rehearsal: Rehearsal) -> EmbeddingRequest:
         encodings=_encodings(body.get("embedding_type")),
         normalized=declared.get("normalized", True),
         undeclared=undeclared,
+        together=bool(declared.get("late_chunking")),
     )
 
 

@@ -73,6 +73,14 @@ def pretend_vectors(
     return vectors
 
 
+def pretend_context(texts: Sequence[str], *, model: str) -> str:
+    """What stands for the model where texts are embedded together: any other text among them changes every vector."""
+    if len(texts) == 1:
+        return model
+    together = hashlib.blake2b("\0".join(texts).encode("utf-8", "replace"), digest_size=16)
+    return f"{model} {together.hexdigest()}"
+
+
 def pretend_sparse(text: str) -> dict[str, float]:
     """A score above 0 for every distinct word, in lower case: empty for a text without words."""
     words = dict.fromkeys(word.lower() for word in _WORD.findall(text))

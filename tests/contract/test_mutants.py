@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.contract.cap_scenarios import SCENARIOS as CAP_SCENARIOS
 from tests.contract.inbox_scenarios import SCENARIOS as INBOX_SCENARIOS
 from tests.contract.queue_bench import Bench
 from tests.contract.queue_scenarios import SCENARIOS as QUEUE_SCENARIOS
@@ -11,7 +12,7 @@ from tests.contract.queue_scenarios import Scenario
 from tests.contract.scheduler_scenarios import SCENARIOS as SCHEDULER_SCENARIOS
 from tests.mutants import MUTANTS, Mutant, mutants_for
 
-SCENARIOS = [*QUEUE_SCENARIOS, *INBOX_SCENARIOS, *SCHEDULER_SCENARIOS]
+SCENARIOS = [*QUEUE_SCENARIOS, *INBOX_SCENARIOS, *SCHEDULER_SCENARIOS, *CAP_SCENARIOS]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

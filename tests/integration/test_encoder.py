@@ -211,7 +211,7 @@ async def test_five_megabytes_of_text_and_a_lone_surrogate_are_sent_without_a_wa
     async with serve(stand) as api, embedmill.AsyncJinaEmbedding(api_key=KEY, api_base=api) as jina:
         vectors = await jina.encode_documents(["a" * 5_000_000, "\ud800"])
     assert vectors.shape == (2, find_model("jina/jina-embeddings-v3").native_dimensions)
-    assert [text for body in stand.bodies for text in body["input"]][1] == "?"
+    assert sorted(text for body in stand.bodies for text in body["input"])[0] == "?"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ async def test_five_megabytes_of_text_and_a_lone_surrogate_are_sent_without_a_wa
         ({"dimension": 3}, "no option dimension"),
         ({"redis": "redis://127.0.0.1:1/0"}, "say tier="),
         ({"tier": "gold"}, "free, paid, premium"),
-        ({"api_key": "two words"}, "JINA_API_KEY"),
+        ({"api_key": "jina_ü"}, "JINA_API_KEY"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_sent(options, said):

@@ -87,7 +87,7 @@ async def test_settling_refunds_the_next_request(connection):
 async def test_an_unsettled_holder_expires(connection):
     budget = budget_on(connection, concurrency=1, holder_s=0.3)
     abandoned = Grant(1)
-    await budget._granted(abandoned)
+    await budget.reserve_slice("bulk", [abandoned])
     assert not await enters_within(budget, 0.1)
     assert await enters_within(budget, 2)
 
@@ -95,7 +95,8 @@ async def test_an_unsettled_holder_expires(connection):
 async def test_a_reservation_whose_reply_was_lost_is_the_same_when_asked_again(connection):
     budget = budget_on(connection, rpm=60, concurrency=5)
     grant = Grant(1)
-    assert await budget._granted(grant) == await budget._granted(grant)
+    first, again = [await budget.reserve_slice("bulk", [grant]) for _ in range(2)]
+    assert first == again
     assert await permits_held(connection, budget) == 1
 
 
@@ -119,7 +120,7 @@ async def test_no_key_of_the_budget_leaves_its_slot_or_lives_forever(connection)
         keys = await connection.command("KEYS", "*")
         assert keys
         for key in keys:
-            assert key.startswith("{embedmill:2:t}:rl:k:")
+            assert key.startswith(("{embedmill:2:t}:rl:k:", "{embedmill:2:t}:budgets"))
             assert int(await connection.command("PTTL", key)) > 0
 
 
@@ -171,7 +172,7 @@ async def test_three_workers_share_one_key_and_stay_within_its_limits(server_url
 
 
 async def test_a_budget_that_redis_lost_is_closed_for_one_window_where_requests_are_known_of(connection):
-    async def busy():
+    async def busy(_key_id):
         asked.append(True)
         return True
 
@@ -188,7 +189,7 @@ async def test_a_budget_that_redis_lost_is_closed_for_one_window_where_requests_
 
 
 async def test_a_budget_without_memory_is_open_where_nothing_was_sent(connection):
-    async def idle():
+    async def idle(_key_id):
         return False
 
     budget = budget_on(connection, rpm=60)

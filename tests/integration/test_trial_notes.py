@@ -12,6 +12,7 @@ import pytest
 from embedmill.dataset.dataset import Dataset
 from embedmill.embedder import Embedding, Role
 from embedmill.errors import Overloaded
+from embedmill.messages import Lane
 from scheduler.budget import Grant, Unlimited
 from tests.datasets import admit_texts
 from tests.worker_bench import TestedEmbedder, texts_of
@@ -35,7 +36,7 @@ class WatchedBudget(Unlimited):
         self.waiting: list[list[Note]] = []
 
     @asynccontextmanager
-    async def reserve(self, est_tokens: int) -> AsyncIterator[Grant]:
+    async def reserve(self, est_tokens: int, *, lane: Lane = "bulk") -> AsyncIterator[Grant]:
         self.waiting.append(standing(self._dataset))
         yield Grant(est_tokens)
 

@@ -125,6 +125,25 @@ async def test_texts_that_a_healthy_model_cannot_tell_apart_are_embedded(dataset
     assert statuses(dataset) == [EMBEDDED] * 8
 
 
+@pytest.mark.parametrize("rows", [2, 4])
+async def test_one_vector_for_different_texts_is_asked_for_again_and_never_stored(
+    dataset: Dataset, queue: Queue, rows: int
+) -> None:
+    slips = 0
+
+    def slip_once(texts: list[str], vectors: np.ndarray) -> np.ndarray:
+        nonlocal slips
+        slips += texts != [requesting.CANARY]
+        return np.repeat(vectors[:1], len(texts), axis=0) if slips == 1 else vectors
+
+    await owe(dataset, queue, texts_of(0, rows=rows))
+    embedder = TestedEmbedder(change=slip_once)
+    worker = await work_off(queue, embedder)
+    check(dataset)
+    assert (embedder.times[texts_of(0)[0]], embedder.times[requesting.CANARY]) == (2, 1)
+    assert "one and the same vector" in worker.counts.last_trouble
+
+
 def spoil(text: str, value: float) -> Callable[[list[str], np.ndarray], np.ndarray]:
     def change(texts: list[str], vectors: np.ndarray) -> np.ndarray:
         vectors = vectors.copy()
@@ -179,7 +198,7 @@ async def test_answers_that_stay_malformed_stop_the_job_and_lose_nothing(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[list[str], np.ndarray], np.ndarray],
 ) -> None:
-    monkeypatch.setattr(requesting, "_MALFORMED_TRIES", 2)
+    monkeypatch.setattr(requesting, "_MALFORMED_IN_A_ROW", 2)
     await owe(dataset, queue, texts_of(0))
     embedder = TestedEmbedder(change=change)
     with pytest.raises(JobFatalError, match="answers cannot be used"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from embedmill.errors import (
 )
 from scheduler.budget import Unlimited
 from scheduler.queue import Depth, Lease, Queue
+from scheduler.reconcile import reconcile
 from tests.datasets import small_dataset
 from tests.worker_bench import (
     TestedEmbedder,
@@ -62,7 +64,7 @@ async def test_a_shard_in_trouble_is_retried_later_while_the_others_go_on(
     assert "503; shard 0 goes on in" in worker.counts.last_trouble
 
 
-async def test_a_bad_key_stops_the_worker_and_what_was_paid_for_is_kept(dataset: Dataset, queue: Queue) -> None:
+async def test_a_bad_key_pauses_the_job_and_what_was_paid_for_is_kept(dataset: Dataset, queue: Queue) -> None:
     requests = 0
 
     async def refuse_the_second(_: list[str]) -> None:
@@ -74,14 +76,43 @@ async def test_a_bad_key_stops_the_worker_and_what_was_paid_for_is_kept(dataset:
     await owe(dataset, queue, texts_of(0), texts_of(1))
     with pytest.raises(InvalidKey, match="the key was refused"):
         await work_off(queue, TestedEmbedder(before=refuse_the_second), shards_in_flight=1)
-    assert await queue.depth() == Depth(0, 2, 0, 0, 0)
+    job = dataset.job("main")
+    assert job is not None
+    assert (job.state, job.reason, job.stopped_by) == ("paused", "the key was refused", "worker")
+    assert await queue.lease("w") == []
     assert dataset.owed() == [0, 1]
     assert len(kept_rows(dataset)) == 1
+    dataset.change_job("main", lambda known: replace(known, state="running"))
+    await queue.resume("d0", "main")
+    assert {(lease.deliveries, lease.attempts) for lease in await queue.lease("w", count=2)} == {(1, 0)}
+    await queue.clear()
+    await reconcile(dataset, queue)
     good = TestedEmbedder()
     worker = await work_off(queue, good)
     check(dataset)
     assert set(good.times) == {*texts_of(0)[4:], *texts_of(1)}
     assert worker.counts.adopted == 4
+
+
+@pytest.mark.parametrize(("theirs", "state"), [(["ours"], "paused"), (["ours", "another"], "running")])
+async def test_a_refused_key_pauses_the_job_unless_another_worker_has_another(
+    dataset: Dataset, queue: Queue, theirs: list[str], state: str
+) -> None:
+    class Keyed(Unlimited):
+        key_ids = ("ours",)
+
+    async def refuse(_: list[str]) -> None:
+        raise InvalidKey("the key was refused")
+
+    await owe(dataset, queue, texts_of(0))
+    await queue.report("another", {"model": "null/3", "keys": theirs})
+    await queue.report("of another model", {"model": "other/3", "keys": ["whatever"]})
+    worker = Worker(queue, TestedEmbedder(before=refuse), budget=Keyed(), grace_s=1, patient=True)
+    with pytest.raises(InvalidKey):
+        await worker.run()
+    job = dataset.job("main")
+    assert (job.state if job is not None else "running") == state
+    assert len(await queue.lease("another")) == (state == "running")
 
 
 async def test_a_full_disk_stops_the_worker_and_the_same_shard_goes_on_later(

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 from embedmill.embedder import BatchLimits, EmbedderSpec, Embedding, Role
 from embedmill.errors import EmbedderFailed, InputRejected, InvalidKey, OutcomeUnknown, Overloaded, RateLimited
 from scheduler.budget import Grant, Unlimited
-from worker.attempts import RetryPolicy, embed_batch
+from worker.attempts import RetryBudget, RetryPolicy, embed_batch
 
 FAST = RetryPolicy(base_s=0.0001, cap_s=0.001, limited_cap_s=0.001)
 
@@ -39,7 +39,7 @@ class RecordedBudget(Unlimited):
     def __init__(self) -> None:
         self.grants: list[Grant] = []
 
-    def reserve(self, est_tokens):
+    def reserve(self, est_tokens, *, lane="bulk"):
         manager = super().reserve(est_tokens)
         grants = self.grants
 
@@ -111,7 +111,7 @@ async def test_waiting_for_a_turn_and_before_the_next_try_is_outside_of_sending(
 
     class Waited(Unlimited):
         @asynccontextmanager
-        async def reserve(self, est_tokens):
+        async def reserve(self, est_tokens, *, lane="bulk"):
             seen.append(("reserve", inside[0]))
             yield Grant(est_tokens)
 
@@ -152,3 +152,34 @@ async def test_cancelling_ends_an_endless_wait_for_the_rate():
     with anyio.move_on_after(0.1) as scope:
         await embed_batch(embedder, ["a"], budget=Unlimited(), policy=FAST)
     assert scope.cancelled_caught
+
+
+async def test_retries_of_all_requests_together_are_a_tenth_of_them(monkeypatch):
+    retries, attempts = RetryBudget(left=3, every_s=float("inf")), 0
+    for _ in range(200):
+        embedder = ScriptedEmbedder(Overloaded("503"))
+        with suppress(Overloaded):
+            await embed_batch(embedder, ["a"], budget=Unlimited(), policy=FAST, retries=retries)
+        attempts += embedder.calls
+    assert 200 + 3 <= attempts <= 200 + 3 + 0.1 * 200
+
+
+async def test_without_retries_left_the_failure_goes_up_at_once_and_refusals_for_rate_are_waited_out_all_the_same():
+    retries = RetryBudget(left=0, every_s=float("inf"))
+    embedder = ScriptedEmbedder(*[RateLimited("429")] * 5, Overloaded("503"))
+    with pytest.raises(Overloaded):
+        await embed_batch(embedder, ["a"], budget=Unlimited(), policy=FAST, retries=retries)
+    assert embedder.calls == 6
+
+
+async def test_retries_that_were_saved_up_are_few_and_one_comes_back_in_a_while(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now_s[0])
+    retries = RetryBudget(left=0, most=2, every_s=10, _counted_at_s=0.0)
+    for _ in range(1000):
+        retries.earn()
+    assert [retries.take() for _ in range(3)] == [True, True, False]
+    now_s[0] = 9.0
+    assert not retries.take()
+    now_s[0] = 10.5
+    assert retries.take()

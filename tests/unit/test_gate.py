@@ -73,7 +73,7 @@ def test_a_value_that_half_precision_cannot_hold_is_bad_for_a_half_precision_dat
 
 def test_equal_texts_may_have_equal_vectors() -> None:
     assert inspect(np.ones((4, 3), np.float32), ["same"] * 4, dimensions=3).passed
-    assert inspect(np.ones((2, 3), np.float32), ["one", "two"], dimensions=3).passed
+    assert not inspect(np.ones((2, 3), np.float32), ["one", "two"], dimensions=3).passed
 
 
 @given(st.lists(st.sampled_from(["good", "nan", "inf", "zero"]), min_size=1, max_size=12))

@@ -8,14 +8,16 @@ import pytest
 from embedmill.errors import (
     ConfigurationError,
     InputRejected,
+    InputTooLong,
     InvalidKey,
     NoBalance,
     OutcomeUnknown,
     Overloaded,
     RateLimited,
+    TooManyInputs,
 )
 from worker.embedders.http import Answer, check_api_base, retry_after_s
-from worker.embedders.jina import JinaEmbedder, error_for, key_from_environment, parse_embedding
+from worker.embedders.jina import JinaEmbedder, error_for, parse_embedding
 
 KEY = "jina_0123456789"
 
@@ -90,7 +92,7 @@ async def test_what_is_billed_is_learned_but_not_from_texts_that_may_have_been_c
     jina = embedder()
     content = {"data": [item(0, [1.0] * 1024)], "usage": {"total_tokens": 7}}
 
-    async def answer(*_):
+    async def answer(*_, **__):
         return Answer(200, {}, json.dumps(content).encode())
 
     monkeypatch.setattr(jina._http, "post_json", answer)
@@ -149,8 +151,8 @@ def test_an_answer_that_was_paid_but_cannot_be_used_is_an_unknown_outcome(conten
             {"detail": "Model 'x' not found. Available models: y.", "code": "INPUT_MODEL_NOT_FOUND"},
             ConfigurationError,
         ),
-        (400, {"detail": "Input text exceeds …", "code": "INPUT_TOKEN_LIMIT_EXCEEDED"}, InputRejected),
-        (400, {"detail": "Single text cannot exceed 8192 tokens. 9237 tokens given."}, InputRejected),
+        (400, {"detail": "Input text exceeds …", "code": "INPUT_TOKEN_LIMIT_EXCEEDED"}, InputTooLong),
+        (400, {"detail": "Single text cannot exceed 8192 tokens. 9237 tokens given."}, InputTooLong),
         (401, {"detail": "Invalid API key.", "code": "AUTH_INVALID_API_KEY"}, InvalidKey),
         (402, None, NoBalance),
         (403, {"detail": "Insufficient account balance.", "code": "AUTHZ_INSUFFICIENT_BALANCE"}, NoBalance),
@@ -159,7 +161,7 @@ def test_an_answer_that_was_paid_but_cannot_be_used_is_an_unknown_outcome(conten
         (405, None, ConfigurationError),
         (408, None, Overloaded),
         (409, {"detail": "busy", "code": "CONFLICT_RESOURCE_BUSY"}, Overloaded),
-        (413, None, InputRejected),
+        (413, None, TooManyInputs),
         (422, {"detail": "[RID: 1] Validation error"}, InputRejected),
         (422, {"detail": [{"loc": ["body", "input", 3], "msg": "str type expected", "type": "t"}]}, InputRejected),
         (422, {"detail": "…", "errors": [{"field": "body -> jina-embeddings-v3 -> input"}]}, InputRejected),
@@ -228,17 +230,6 @@ def test_an_api_base_that_cannot_work_is_refused_with_a_good_one(url):
 
 def test_an_api_base_loses_its_last_slash():
     assert check_api_base(" https://api.jina.ai/v1/ ") == "https://api.jina.ai/v1"
-
-
-def test_the_key_comes_from_the_environment_or_a_file(tmp_path):
-    file = tmp_path / "key"
-    file.write_text(f"{KEY}\n")
-    assert key_from_environment({"JINA_API_KEY": f" {KEY} "}) == KEY
-    assert key_from_environment({"JINA_API_KEY_FILE": str(file)}) == KEY
-    with pytest.raises(ConfigurationError, match="JINA_API_KEY_FILE"):
-        key_from_environment({"JINA_API_KEY_FILE": str(tmp_path / "none")})
-    with pytest.raises(ConfigurationError, match="get one at https"):
-        key_from_environment({})
 
 
 @pytest.mark.parametrize("key", ["", " ", "jina_a\nX-Evil: 1", "jina_ü", "two words"])

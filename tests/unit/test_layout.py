@@ -87,8 +87,9 @@ def test_a_record_of_a_newer_format_is_refused_with_what_to_do(data: bytes, deco
 def test_a_record_with_a_field_missing_is_named_and_never_a_traceback(data: bytes, decode: Callable[..., Any]) -> None:
     record = json.loads(data)
     optional = {"dimensions"} if "embedder" in record else set()
-    optional |= {"lane", "state", "reason", "caps", "created_at", "stopped_by"} if "caps" in record else set()
-    optional |= {"retries"} if "statuses" in record else set()
+    job_fields = {"lane", "state", "reason", "caps", "created_at", "stopped_by", "too_long", "mode"}
+    optional |= job_fields if "caps" in record else set()
+    optional |= {"retries", "windows"} if "statuses" in record else set()
     for field in record.keys() - optional:
         less = {key: value for key, value in record.items() if key != field}
         with pytest.raises(EmbedmillError, match=r"x\.json"):

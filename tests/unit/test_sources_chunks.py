@@ -16,6 +16,7 @@ from embedmill.documents import Cursor, Reject, SourceDocument
 from embedmill.errors import ConfigurationError
 from embedmill.sources import Chunking, FieldRules, RejectFile, Source, open_source
 from embedmill.sources.chunks import BLOCK_CHARS, cut_blocks
+from embedmill.token_estimates import TokenEstimator
 from scheduler.admission import Admitter
 from tests.datasets import small_dataset
 
@@ -228,3 +229,37 @@ def test_an_own_id_that_looks_like_a_passage_never_takes_the_place_of_one(tmp_pa
     admit(dataset, open_jsonl(tmp_path, {"b#1": "own"}, None))
     _, [reject] = admit(dataset, open_jsonl(tmp_path, {"b": "one two"}, Chunking(3)))
     assert reject.reason == "the id of its passage 'b#1' is another document's"
+
+
+def test_without_chunking_only_what_is_too_long_for_the_model_is_split(tmp_path: Path) -> None:
+    long = "A sentence of seven words stands here. " * 300
+    source = open_jsonl(tmp_path, {"a": "short", "b": long}, Chunking(None, most_tokens=1000))
+    read = [record for record in source.read() if isinstance(record, SourceDocument)]
+    assert (read[0].id, read[0].group, read[0].last) == ("a", None, True)
+    pieces = read[1:]
+    assert [piece.id for piece in pieces] == [f"b#{part}" for part in range(len(pieces))]
+    assert {piece.group for piece in pieces} == {"b"}
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert "".join("".join(piece.text.split()) for piece in pieces) == "".join(long.split())
+    tokens = TokenEstimator().estimate([piece.text for piece in pieces])
+    assert tokens.max() <= 1000
+    # No more of them than even parts with some room would make.
+    assert len(pieces) <= 1 + 1.3 * TokenEstimator().estimate([long])[0] / 1000
+    # Reading goes on between two of them.
+    for position, record in enumerate(read):
+        assert [one.id for one in source.read(after=record.cursor)] == [one.id for one in read[position + 1 :]]
+
+
+@pytest.mark.parametrize(
+    "text", ["漢字" * 3_000, "x" * 20_000, "\N{GRINNING FACE}" * 4_000, "\n" * 9_000 + "a", "a b " * 9_000]
+)
+def test_no_piece_is_longer_than_the_model_takes_whatever_the_text(text: str) -> None:
+    pieces = Chunking(None, most_tokens=700).split(text)
+    assert TokenEstimator().estimate(pieces).max() <= 700
+    assert "".join("".join(piece.split()) for piece in pieces) == "".join(text.split())
+
+
+def test_chunks_that_are_still_too_long_are_split_once_more() -> None:
+    pieces = Chunking(5_000, most_tokens=500).split("word " * 4_000)
+    assert TokenEstimator().estimate(pieces).max() <= 500
+    assert Chunking(5_000, most_tokens=500).stamp != Chunking(5_000).stamp

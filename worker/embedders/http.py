@@ -1,4 +1,4 @@
-"""The one place that speaks HTTP as a client: one POST of JSON is one attempt, and is never sent twice.
+"""The one place that speaks HTTP as a client: one request is one attempt, and is never sent twice.
 
 Whether a failed request may have been executed decides what its tokens cost, so transport failures are told apart by
 that: a connection that never stood is `Overloaded`, one that was lost after sending is `OutcomeUnknown`.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import ipaddress
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -25,6 +26,7 @@ _EXCERPT_CHARS = 300
 _WRITTEN_AT_ONCE_BYTES = 2**20
 # An answer of 512 vectors is some megabytes: with aiohttp's 64 KiB, reading it would stop and start dozens of times.
 _READ_BUFFER_BYTES = 2**22
+_LONGEST_LINE_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,16 @@ class Answer:
             return None
 
 
+class AnswerRefused(Exception):
+    """What was to be read line by line is another answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+
+
 class HttpClient:
-    """One session on one API. `secret` never appears in an error.
+    """One session on one API. `secret`, which a request may replace by its own, never appears in an error.
 
     Connections are not limited here: the budget is the only queue, and a second one would count waiting as sending.
     """
@@ -54,19 +64,55 @@ class HttpClient:
     def __init__(self, api_base: str, *, secret: str = "", attempt_timeout_s: float = ATTEMPT_TIMEOUT_S) -> None:
         self.api_base = check_api_base(api_base)
         self._secret = secret
+        self._hidden = {secret} - {""}
         self._attempt_timeout_s = attempt_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
-    async def post_json(self, path: str, body: Mapping[str, object]) -> Answer:
+    async def post_json(self, path: str, body: Mapping[str, object], *, secret: str = "") -> Answer:
         """POST `body`, whatever the status.
 
         Raises Overloaded (not executed), OutcomeUnknown (perhaps executed), ConfigurationError (an untrusted certificate).
         """
         url = f"{self.api_base}/{path}"
         data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        with self._told_apart(), anyio.fail_after(self._attempt_timeout_s):
+            return await self._exchange(url, data, secret)
+
+    async def get(self, path: str) -> Answer:
+        """GET `path`, whatever the status. Raises like `post_json`."""
+        return await self._ask("GET", path)
+
+    async def delete(self, path: str) -> Answer:
+        """DELETE `path`, whatever the status. Raises like `post_json`."""
+        return await self._ask("DELETE", path)
+
+    async def _ask(self, method: str, path: str) -> Answer:
+        with self._told_apart(), anyio.fail_after(self._attempt_timeout_s):
+            async with self._opened().request(method, f"{self.api_base}/{path}", allow_redirects=False) as response:
+                return self._answer(response.status, dict(response.headers), await response.read())
+
+    async def lines(self, path: str) -> AsyncGenerator[bytes, None]:
+        """GET what is long, line by line, without holding it. Raises AnswerRefused for another status than 200, and like
+        `post_json` where it breaks off."""
+        with self._told_apart():
+            async with self._opened().get(f"{self.api_base}/{path}", allow_redirects=False) as response:
+                if response.status != 200:
+                    raise AnswerRefused(self._answer(response.status, dict(response.headers), await response.read()))
+                rest = b""
+                async for piece in response.content.iter_any():
+                    *whole, rest = (rest + piece).split(b"\n")
+                    for line in filter(None, whole):
+                        yield line
+                    if len(rest) > _LONGEST_LINE_BYTES:
+                        raise OutcomeUnknown(f"{self.api_base} sends a line without an end")
+                if rest.strip():
+                    yield rest
+
+    @contextmanager
+    def _told_apart(self) -> Iterator[None]:
+        """Transport failures as errors of ours, by whether the request may have been executed."""
         try:
-            with anyio.fail_after(self._attempt_timeout_s):
-                return await self._exchange(url, data)
+            yield
         except aiohttp.ClientConnectorCertificateError as error:
             raise ConfigurationError(f"the certificate of {self.api_base} is not trusted: {error}") from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -82,10 +128,12 @@ class HttpClient:
             with anyio.CancelScope(shield=True), anyio.move_on_after(2):
                 await session.close()
 
-    async def _exchange(self, url: str, data: bytes) -> Answer:
+    async def _exchange(self, url: str, data: bytes, secret: str) -> Answer:
         # aiohttp writes bytes at once, and warns of that where they are many; a file it writes piece by piece.
         content = data if len(data) <= _WRITTEN_AT_ONCE_BYTES else io.BytesIO(data)
-        async with self._opened().post(url, data=content, allow_redirects=False) as response:
+        self._hidden |= {secret} - {""}
+        headers = {"Authorization": f"Bearer {secret}"} if secret else None
+        async with self._opened().post(url, data=content, headers=headers, allow_redirects=False) as response:
             body = await response.read()
             return self._answer(response.status, dict(response.headers), body)
 
@@ -118,8 +166,10 @@ class HttpClient:
         return Answer(status, headers, body)
 
     def _excerpt(self, body: bytes) -> str:
-        excerpt = " ".join(body[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace").split())[:_EXCERPT_CHARS]
-        return excerpt.replace(self._secret, "***") if self._secret else excerpt
+        excerpt = " ".join(body[: 4 * _EXCERPT_CHARS].decode("utf-8", "replace").split())
+        for secret in self._hidden:
+            excerpt = excerpt.replace(secret, "***")
+        return excerpt[:_EXCERPT_CHARS]
 
 
 def check_api_base(url: str) -> str:

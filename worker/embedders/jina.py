@@ -6,41 +6,49 @@ Rows are placed by their `index`, never by their order. An answer that was paid 
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
+from anyio import to_thread
 from numpy.typing import NDArray
 
 from embedmill.embedder import BatchLimits, EmbedderSpec, Embedding, Role
 from embedmill.errors import (
     ConfigurationError,
     EmbedmillError,
-    InputRejected,
+    InputTooLong,
     InvalidKey,
     NoBalance,
     OutcomeUnknown,
     Overloaded,
     RateLimited,
+    TooManyInputs,
 )
+from embedmill.exact_tokens import ExactTokens
 from embedmill.models import EmbeddingType, find_model
 from embedmill.token_estimates import TokenEstimator
 
+from ..keys import check_key
+from ..packing import api_limits
 from .http import ATTEMPT_TIMEOUT_S, Answer, HttpClient, retry_after_s
+from .jina_inputs import LearnedInputs, input_refusal
 
+if TYPE_CHECKING:
+    from .jina_batches import JinaBatches
+
+_log = logging.getLogger("embedmill.worker")
 API_BASE = "https://api.jina.ai/v1"
-MAX_INPUTS = 512
-_MAX_REQUEST_TOKENS = 16_384
-# A paced minute should hold a dozen requests, or the last one of a window weighs too much of the limit.
-_REQUESTS_PER_MINUTE_OF_TOKENS = 12
 # Estimates err; a late-chunking request over the limit fails as a whole.
 _LATE_CHUNKING_SHARE = 0.9
 _EVERY_BILL_UPTO, _LATER_EVERY = 64, 8
+_BYTES_PER_CHARACTER = 4
 _OVERLOADED = frozenset({408, 409, 425, 500, 502, 503, 521, 522, 523})
 _LIMIT_CODES = {
     "RATE_REQUEST_LIMIT_EXCEEDED": "requests",
@@ -61,13 +69,14 @@ _SETTINGS = frozenset({"model", "task", "dimensions", "embedding_type", "late_ch
 
 
 class JinaEmbedder:
-    """One model of Jina's, with one key.
+    """One model of Jina's, with one key; a request may bring another one of the same owner.
 
     task: overrides what is sent for documents, see `ProviderModel.tasks_by_role`; late_chunking: a document request is one
     document, whose passages know of each other; embedding_type: how vectors travel, and what they are, see `EmbeddingType`;
     normalized: None for unit length where the model leaves a choice; truncate: whether longer texts are cut or refused
-    (None: cut, but with late chunking); tokens_per_minute: the key's limit, so that one request stays a small part of it;
-    concurrency: requests in flight; revision: of the spec, where what answers is not Jina's own model.
+    (None: cut, but with late chunking); requests_per_minute, tokens_per_minute: the key's limits, which decide what a
+    request should hold; concurrency: requests in flight; revision: of the spec, where what answers is not Jina's own model;
+    tokenizer: the model's, for exact counts.
     Raises ConfigurationError for a model, address or combination that cannot work; nothing is sent before.
     """
 
@@ -84,9 +93,11 @@ class JinaEmbedder:
         normalized: bool | None = None,
         truncate: bool | None = None,
         concurrency: int = 2,
+        requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
         attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
         revision: str = "",
+        tokenizer: ExactTokens | None = None,
     ) -> None:
         self._model = find_model(model)
         self._model.check_late_chunking(late_chunking)
@@ -103,7 +114,8 @@ class JinaEmbedder:
         self._tasks: dict[Role, str | None] = {"document": document_task, "query": query_task}
         self.estimator = TokenEstimator()
         self._answers = 0
-        self._http = HttpClient(api_base, secret=_checked_key(key), attempt_timeout_s=attempt_timeout_s)
+        self._key = check_key(key.strip())
+        self._http = HttpClient(api_base, secret=self._key, attempt_timeout_s=attempt_timeout_s)
         self.spec = EmbedderSpec(
             model=model,
             dimensions=self._dimensions,
@@ -111,27 +123,103 @@ class JinaEmbedder:
             max_input_tokens=self._model.max_input_tokens,
             options=self._options(document_task),
         )
-        self.limits = BatchLimits(
-            max_inputs=MAX_INPUTS,
-            max_tokens=self._request_tokens(tokens_per_minute),
-            padded=False,
-            concurrency=concurrency,
+        self._requests_per_minute = requests_per_minute
+        self._tokens_per_minute = tokens_per_minute
+        self._concurrency = concurrency
+        self._inputs = LearnedInputs()
+        self._tokenizer = tokenizer
+
+    @property
+    def limits(self) -> BatchLimits:
+        """By the key's limits, and by what refusals have told."""
+        if self._late_chunking:
+            return BatchLimits(self._inputs.max_inputs, self.window_tokens, padded=False, concurrency=self._concurrency)
+        return api_limits(
+            requests_per_minute=self._requests_per_minute,
+            tokens_per_minute=self._tokens_per_minute,
+            concurrency=self._concurrency,
+            max_input_tokens=self._model.max_input_tokens,
+            max_inputs=self._inputs.max_inputs,
+            most_inputs=self._inputs.most_inputs,
+            exact=self._tokenizer is not None,
         )
 
     def estimate_tokens(self, texts: Sequence[str]) -> list[int]:
         limit = self._model.max_input_tokens
+        if self._tokenizer is not None:
+            return [min(limit, tokens) for tokens in self._tokenizer.count(texts)]
         return [min(limit, math.ceil(tokens)) for tokens in self.estimator.estimate(texts)]
+
+    @property
+    def window_tokens(self) -> int:
+        """See `EmbedsTogether`. Estimates err; counts do not."""
+        share = _LATE_CHUNKING_SHARE if self._tokenizer is None else 1.0
+        return int(self._model.late_chunking_tokens * share)
+
+    def planned_tokens(self, texts: Sequence[str]) -> list[int]:
+        """See `EmbedsTogether`: exact, or what is estimated before anything is learned."""
+        if self._tokenizer is not None:
+            return self._tokenizer.count(texts)
+        return [math.ceil(tokens) for tokens in TokenEstimator().estimate(texts)]
+
+    def refusing_long(self) -> JinaEmbedder:
+        """See `RefusesLong`: for requests of jobs in which nothing is cut."""
+        other = copy.copy(self)
+        other._truncate = False
+        return other
 
     async def embed(self, texts: Sequence[str], *, role: Role = "document") -> Embedding:
         """See `Embedder.embed`. Raises ConfigurationError, too, when the provider does not know the model or the address."""
-        answer = await self._http.post_json("embeddings", self.request_body(texts, role=role))
+        return await self.embed_with("", texts, role=role)
+
+    async def embed_with(self, key: str, texts: Sequence[str], *, role: Role = "document") -> Embedding:
+        """See `TakesKeys.embed_with`; with "", the key that it was made with."""
+        request = self.request_body(texts, role=role)
+        answer = await self._http.post_json("embeddings", request, secret=key)
         if answer.status != 200:
-            raise error_for(answer)
+            raise self._learned_from(error_for(answer), sent=len(texts))
         embedding = parse_embedding(
             answer.body, rows=len(texts), dimensions=self._dimensions, embedding_type=self._embedding_type
         )
         self._learn(texts, embedding.billed_tokens)
-        return embedding
+        if self._tokenizer is not None and self._tokenizer.checks_bills():
+            await self._check_tokenizer(self._tokenizer, texts, embedding.billed_tokens)
+        truncated = await self._find_cut(texts, embedding.billed_tokens) if request["truncate"] else ()
+        return replace(embedding, truncated=truncated) if truncated else embedding
+
+    async def _find_cut(self, texts: Sequence[str], billed_tokens: int) -> tuple[int, ...]:
+        """Which texts were cut: the API does not say. A tokenizer does, and the bill of a text alone."""
+        limit = self._model.max_input_tokens
+        if self._tokenizer is None:
+            return (0,) if len(texts) == 1 and billed_tokens >= limit else ()
+        # No tokenizer makes more tokens than bytes.
+        long = [position for position, text in enumerate(texts) if len(text) * _BYTES_PER_CHARACTER > limit]
+        if not long:
+            return ()
+        counts = await to_thread.run_sync(self._tokenizer.count, [texts[position] for position in long])
+        return tuple(position for position, tokens in zip(long, counts, strict=True) if tokens > limit)
+
+    async def _check_tokenizer(self, tokenizer: ExactTokens, texts: Sequence[str], billed_tokens: int) -> None:
+        """What was cut was not billed whole, so it proves nothing."""
+        if max(map(len, texts)) < self._model.max_input_tokens:
+            warning = await to_thread.run_sync(tokenizer.check, texts, billed_tokens)
+            if warning:
+                _log.warning("%s", warning)
+
+    def _learned_from(self, error: EmbedmillError, *, sent: int) -> EmbedmillError:
+        if not isinstance(error, TooManyInputs):
+            return error
+        # Of a text alone it is the size.
+        if sent == 1:
+            return InputTooLong(str(error))
+        self._inputs.refused(sent, error)
+        return error
+
+    def batch_endpoint(self, key: str = "") -> JinaBatches:
+        """See `EmbedsInBatches.batch_endpoint`. The caller closes it."""
+        from .jina_batches import JinaBatches
+
+        return JinaBatches(self.spec, key=key or self._key, api_base=self._http.api_base, normalized=self._normalized)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -172,31 +260,6 @@ class JinaEmbedder:
         # What was cut was not billed whole.
         if max(map(len, texts)) < self._model.max_input_tokens:
             estimator.learn(texts, billed_tokens)
-
-    def _request_tokens(self, tokens_per_minute: int | None) -> int:
-        if self._late_chunking:
-            return int(self._model.late_chunking_tokens * _LATE_CHUNKING_SHARE)
-        paced = (tokens_per_minute or _MAX_REQUEST_TOKENS * _REQUESTS_PER_MINUTE_OF_TOKENS) // (
-            _REQUESTS_PER_MINUTE_OF_TOKENS
-        )
-        return max(min(_MAX_REQUEST_TOKENS, paced), self._model.max_input_tokens)
-
-
-def key_from_environment(environment: Mapping[str, str] | None = None) -> str:
-    """The key in `JINA_API_KEY`, or in the file that `JINA_API_KEY_FILE` names. Raises ConfigurationError without one."""
-    variables = os.environ if environment is None else environment
-    key = variables.get("JINA_API_KEY", "").strip()
-    file = variables.get("JINA_API_KEY_FILE", "").strip()
-    if not key and file:
-        try:
-            key = Path(file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"cannot read the key file that JINA_API_KEY_FILE names: {error}") from error
-    if not key:
-        raise ConfigurationError(
-            "no Jina API key: get one at https://jina.ai/api-dashboard/key-manager and set JINA_API_KEY to it"
-        )
-    return _checked_key(key)
 
 
 class _Usage(msgspec.Struct):
@@ -279,7 +342,7 @@ def error_for(answer: Answer) -> EmbedmillError:
         case 422 if _concerns_settings(answer.content):
             error = ConfigurationError(f"{said} (check --task, --dimensions and --model)")
         case 400 | 413 | 422:
-            error = InputRejected(said)
+            error = input_refusal(said, status=answer.status, code=code)
         case status if status in _OVERLOADED:
             error = Overloaded(said, retry_after_s=retry_after_s(answer.headers))
         # 504, 524 and their like: a gateway lost patience with a request that may still be running.
@@ -288,13 +351,6 @@ def error_for(answer: Answer) -> EmbedmillError:
         case _:
             error = ConfigurationError(f"{said} (is --api-base right?)")
     return error
-
-
-def _checked_key(key: str) -> str:
-    stripped = key.strip()
-    if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError("the Jina API key is empty or has characters that no key has: set JINA_API_KEY again")
-    return stripped
 
 
 def _rate_limited(said: str, *, code: str, headers: Mapping[str, str]) -> RateLimited:

@@ -1,0 +1,83 @@
+"""Late chunking: the passages of a document are admitted together or not at all, since the vector of each knows the others.
+
+They stand one after the other in their reading, or in readings of the inbox that follow each other. So they share a shard,
+and when one of them changes, all of them are embedded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from embedmill.documents import Reject, SourceDocument
+
+from .log_view import Newest
+from .readings import Gathered, Reading
+
+
+class Gathering:
+    """The document that is being read now."""
+
+    def __init__(self) -> None:
+        self.held: list[Gathered] = []
+
+    @property
+    def records(self) -> list[SourceDocument]:
+        return [gathered.passage for gathered in self.held]
+
+    def hold(self, reading: Reading, passage: SourceDocument) -> None:
+        self.held.append(Gathered(reading, passage, reading.cursor))
+
+    def is_continued_by(self, record: SourceDocument | Reject) -> bool:
+        """Whether a record is the next passage of the document; True when none is being read."""
+        if not self.held:
+            return True
+        if isinstance(record, Reject) or record.group != self.held[0].passage.group:
+            return False
+        return all(gathered.passage.id != record.id for gathered in self.held)
+
+    def take(self) -> tuple[Gathered, ...]:
+        """What was held; then nothing is."""
+        held, self.held = tuple(self.held), []
+        return held
+
+
+def reason_against_group(gathered: Sequence[Gathered], *, shard_rows: int) -> str | None:
+    """Why these passages, in their order, cannot be a document."""
+    first = gathered[0].passage
+    # One row is left for a passage that the document no longer has.
+    if len(gathered) >= shard_rows:
+        return (
+            f"document {first.group!r} has {len(gathered):,} passages, and with late chunking fewer than {shard_rows:,} "
+            "fit together: longer passages make fewer"
+        )
+    stem, mark, number = first.id.rpartition("#")
+    if mark and stem == first.group and number.isdecimal() and int(number[:9]):
+        return f"the passages before it did not come, and late chunking needs all of {first.group!r}"
+    return None
+
+
+def have_same_texts(gathered: Sequence[Gathered], known: Sequence[Newest | None]) -> bool:
+    """Whether each passage has the text that it had as a part of this document."""
+    return all(
+        newest is not None
+        and not newest.deleted
+        and newest.text_hash == g.passage.text_hash
+        and newest.group == g.passage.group
+        for g, newest in zip(gathered, known, strict=True)
+    )
+
+
+def has_same_metadata(gathered: Sequence[Gathered], known: Sequence[Newest | None]) -> bool:
+    return all(
+        newest is not None and newest.metadata_hash == g.passage.metadata_hash
+        for g, newest in zip(gathered, known, strict=True)
+    )
+
+
+def adjacent_places(known: Sequence[Newest | None]) -> Sequence[tuple[int, int] | None]:
+    """Where the passages stand in the log, where they stand together, as their vectors were made; else None for each."""
+    places = [newest.place if newest is not None else None for newest in known]
+    first = places[0]
+    if first is None or places != [(first[0], first[1] + offset) for offset in range(len(places))]:
+        return [None] * len(places)
+    return places

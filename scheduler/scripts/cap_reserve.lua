@@ -1,0 +1,78 @@
+-- Reserves the most that a request can count from a job's cap. Asking again with the same op changes nothing.
+-- Of what a holder left that is not heard of any more its doubtful tokens are charged, and the rest comes back.
+--
+-- KEYS[1] state    hash    spent (tokens charged), held (sum of what is reserved), birth (names this memory: an op),
+--                          gate (ms until which nothing is given), looking (set while somebody reads the spend logs),
+--                          late (tokens of requests that ended meanwhile)
+-- KEYS[2] holders  zset    op -> when it counts as abandoned
+-- KEYS[3] holds    hash    op -> "most doubtful"
+-- KEYS[4] late     set     ops that were charged although nothing here remembered them
+-- ARGV[1] op        string
+-- ARGV[2] most      tokens, an upper bound
+-- ARGV[3] doubtful  tokens that are charged where nobody knows what the request cost
+-- ARGV[4] limit     tokens of the cap
+-- ARGV[5] hold_ttl  ms without a sign of life after which a hold counts as abandoned
+-- ARGV[6] logged    tokens that the job was charged as the spend logs have it; '' when nobody has looked
+-- ARGV[7] gate      ms for which a memory that is born now gives nothing, so that others can say what they hold
+-- Reply: {1, spent, held, birth} reserved | {0, spent, held} others hold what is missing: ask again
+--        {-1, spent, held} it does not fit, whatever the others give back | {-2} no memory: read the spend logs
+
+local KEPT_MS = 86400000
+
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + tonumber(time[2]) / 1000
+local op, most, doubtful = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local limit, hold_ttl = tonumber(ARGV[4]), tonumber(ARGV[5])
+
+local function whole(value) return string.format('%.0f', value) end
+local function keep()
+  for i = 1, 4 do redis.call('PEXPIRE', KEYS[i], KEPT_MS) end
+end
+
+-- A full server, too, takes what is written behind a first write that needs no memory.
+redis.call('ZREM', KEYS[2], '')
+
+local state = {}
+local flat = redis.call('HGETALL', KEYS[1])
+for i = 1, #flat, 2 do state[flat[i]] = flat[i + 1] end
+
+if not state.spent then
+  if ARGV[6] == '' or not state.looking then
+    redis.call('HSET', KEYS[1], 'looking', 1)
+    keep()
+    return {-2}
+  end
+  state.spent = tonumber(ARGV[6]) + tonumber(state.late or 0)
+  state.birth = op
+  state.held = state.held or 0
+  state.gate = now + tonumber(ARGV[7])
+  redis.call('HDEL', KEYS[1], 'looking', 'late')
+  redis.call('HSET', KEYS[1], 'spent', whole(state.spent), 'held', whole(state.held), 'birth', op, 'gate', whole(state.gate))
+  keep()
+end
+local spent, held = tonumber(state.spent), tonumber(state.held)
+
+if redis.call('HEXISTS', KEYS[3], op) == 1 then return {1, spent, held, state.birth} end
+
+for _, dead in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', whole(now), 'LIMIT', 0, 100)) do
+  local their_most, their_doubtful = string.match(redis.call('HGET', KEYS[3], dead) or '0 0', '(%S+) (%S+)')
+  spent, held = spent + tonumber(their_doubtful), held - tonumber(their_most)
+  redis.call('ZREM', KEYS[2], dead)
+  redis.call('HDEL', KEYS[3], dead)
+end
+
+-- Other servers may have been in use meanwhile. What is logged and not settled yet is among what is held.
+if ARGV[6] ~= '' then spent = math.max(spent, tonumber(ARGV[6]) - held) end
+
+local reply = {0, spent, held}
+if spent + most > limit then
+  reply[1] = -1
+elseif now >= tonumber(state.gate or 0) and spent + held + most <= limit then
+  held = held + most
+  redis.call('HSET', KEYS[3], op, whole(most) .. ' ' .. whole(doubtful))
+  redis.call('ZADD', KEYS[2], whole(now + hold_ttl), op)
+  reply = {1, spent, held, state.birth}
+end
+redis.call('HSET', KEYS[1], 'spent', whole(spent), 'held', whole(held))
+keep()
+return reply

@@ -1,0 +1,34 @@
+-- Ends the hold of a request: charges what it cost, and gives back the rest. Settling twice changes nothing.
+--
+-- KEYS            as in cap_reserve.lua
+-- ARGV[1] op      string
+-- ARGV[2] charge  tokens: as billed, 0 for what was refused or not sent, the doubtful ones where nobody knows
+-- ARGV[3] birth   of the memory that gave the hold
+-- Reply: tokens spent, -1 where nothing is remembered. The spend log has the request already: who reads it next knows.
+
+local KEPT_MS = 86400000
+
+local function whole(value) return string.format('%.0f', value) end
+
+-- A full server, too, takes what is written behind a first write that needs no memory.
+redis.call('ZREM', KEYS[2], ARGV[1])
+
+local spent = tonumber(redis.call('HGET', KEYS[1], 'spent') or -1)
+local charge = ARGV[2]
+local known = redis.call('HGET', KEYS[3], ARGV[1])
+if known then
+  local most = tonumber(string.match(known, '^%S+'))
+  redis.call('HDEL', KEYS[3], ARGV[1])
+  redis.call('HINCRBY', KEYS[1], 'held', whole(-most))
+  spent = redis.call('HINCRBY', KEYS[1], 'spent', charge)
+elseif spent < 0 then
+  -- Whoever reads the logs just now may have passed the line already.
+  if redis.call('HEXISTS', KEYS[1], 'looking') == 1 and redis.call('SADD', KEYS[4], ARGV[1]) == 1 then
+    redis.call('HINCRBY', KEYS[1], 'late', charge)
+  end
+elseif charge ~= '0' and redis.call('HGET', KEYS[1], 'birth') ~= ARGV[3] and redis.call('SADD', KEYS[4], ARGV[1]) == 1 then
+  -- Sent before the memory was lost: the logs that were read at its birth do not have it.
+  spent = redis.call('HINCRBY', KEYS[1], 'spent', charge)
+end
+for i = 1, 4 do redis.call('PEXPIRE', KEYS[i], KEPT_MS) end
+return spent
