@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anyio
+import click
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -72,6 +74,29 @@ async def show(read: Callable[[], Snapshot], *, quiet: bool = False) -> None:
         while True:
             await anyio.sleep(_PLAIN_EVERY_S)
             print(plain_line(_noted(read(), pace), pace), file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def telling(*loggers: str) -> Iterator[None]:
+    """Show what these loggers warn of, each as a line on stderr, unless -v shows it already."""
+    teller = _Teller(logging.WARNING)
+    quiet = [logger for logger in map(logging.getLogger, loggers) if not logger.isEnabledFor(logging.WARNING)]
+    for logger in quiet:
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(teller)
+    try:
+        yield
+    finally:
+        for logger in quiet:
+            logger.removeHandler(teller)
+            logger.propagate = True
+            logger.setLevel(logging.NOTSET)
+
+
+class _Teller(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"embedmill: {record.getMessage()}", err=True)
 
 
 def plain_line(snapshot: Snapshot, pace: Pace) -> str:

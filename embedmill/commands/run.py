@@ -43,6 +43,7 @@ from .long_passages import make_splitting, remember_too_long, settle_too_long
 from .options import check_job_name, output_options, shared, split_names
 from .pipeline import Pipeline, open_connection
 from .probing import check_disk, probe_provider
+from .progress import telling
 from .report import RunEnded, report
 from .standard_input import StoppableInput, make_standard_input_stoppable
 
@@ -109,7 +110,8 @@ def run(sources: tuple[str, ...], **options: Any) -> int:
     the dataset's folder.
     """
     request = _request(sources, options)
-    return anyio.run(_rehearse if request.rehearse else _run, request)
+    with telling("embedmill.budget", "embedmill.keys", "embedmill.breaker"):
+        return anyio.run(_rehearse if request.rehearse else _run, request)
 
 
 def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
