@@ -110,8 +110,7 @@ def run(sources: tuple[str, ...], **options: Any) -> int:
     the dataset's folder.
     """
     request = _request(sources, options)
-    with telling("embedmill.budget", "embedmill.keys", "embedmill.breaker"):
-        return anyio.run(_rehearse if request.rehearse else _run, request)
+    return anyio.run(_rehearse if request.rehearse else _run, request)
 
 
 def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
@@ -239,7 +238,9 @@ async def _run_on(
         )  # fmt: skip
         if isinstance(embedder, LearnsTokens):
             pipeline.worker.compare_with_quote(quoted_tokens(dataset))
-        outcome = await pipeline.run(sources, quiet=request.as_json)
+        # Not of the probe: what it runs into ends the run, and is said once.
+        with telling("embedmill.budget", "embedmill.keys", "embedmill.breaker"):
+            outcome = await pipeline.run(sources, quiet=request.as_json)
         bill = Bill.of(embedder.spec.model, pipeline.worker.counts, probed_tokens=probed_tokens)
         return RunEnded(
             request.to, request.milvus, request.collection, loader, pipeline.worker.counts, intake, outcome, bill

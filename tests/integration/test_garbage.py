@@ -420,19 +420,36 @@ def small_disk(embedmill: Command) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-# From a disk that holds nothing to one that holds all but the vectors.
+# From a disk that holds nothing to one that holds all but the vectors. What comes through a pipe has no size to judge by.
 @pytest.mark.parametrize("size", ["8k", "60k", "240k", "600k"])
 def test_a_full_disk_ends_with_3_and_the_same_command_goes_on_when_there_is_space(
     size: str, embedmill: Command, small_disk: Callable[[str], Path]
 ) -> None:
     texts = {f"d{number}": os.urandom(60).hex() for number in range(1500)}
-    write_jsonl(embedmill.folder / "in.jsonl", [{"id": id_, "text": text} for id_, text in texts.items()])
+    piped = "".join(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in texts.items()).encode()
     out = small_disk(size) / "out"
-    command = ("run", "in.jsonl", "--model", "null/128", "--no-milvus", "--to", str(out))
-    ended = embedmill(*command)
+    command = ("run", "-", "--model", "null/128", "--no-milvus", "--to", str(out))
+    ended = embedmill(*command, stdin=piped)
     assert ended.status == 3
     assert "No space left" in ended.stderr or "disk is full" in ended.stderr
     assert_one_line(ended.stderr)
+    small_disk("20m")
+    assert embedmill(*command, stdin=piped).status == 0
+    check_dataset(out, source=texts)
+
+
+def test_a_disk_that_is_too_small_for_a_file_is_said_before_anything_is_admitted(
+    embedmill: Command, small_disk: Callable[[str], Path]
+) -> None:
+    texts = {f"d{number}": os.urandom(60).hex() for number in range(1500)}
+    write_jsonl(embedmill.folder / "in.jsonl", [{"id": id_, "text": text} for id_, text in texts.items()])
+    out = small_disk("240k") / "out"
+    command = ("run", "in.jsonl", "--model", "null/128", "--no-milvus", "--to", str(out))
+    ended = embedmill(*command)
+    assert ended.status == 3
+    assert re.search(r"needs about .* and its disk has .* free: nothing was admitted", ended.stderr)
+    assert_one_line(ended.stderr)
+    assert not list(out.glob("documents/*"))
     small_disk("20m")
     assert embedmill(*command).status == 0
     check_dataset(out, source=texts)
