@@ -15,6 +15,7 @@ _RULES = (
     ("/scheduler/intake.py", "_take_block", "read: lines, JSON, field rules"),
     ("/embedmill/documents.py", "", "admit: versions, hashes"),
     ("/scheduler/admission.py", "", "admit: versions, hashes"),
+    ("/scheduler/judging.py", "", "admit: versions, hashes"),
     ("/scheduler/intake.py", "", "admit: versions, hashes"),
     ("/embedmill/dataset/index.py", "", "admit: index (SQLite)"),
     ("/embedmill/dataset/passages.py", "decode_passages", "worker: read documents back"),

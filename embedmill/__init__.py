@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from worker.encoder import AsyncJinaEmbedding, JinaEmbedding
 
     from .producer import Producer
+    from .sparse import SparseRows
 
 __version__ = "0.1.0"
-__all__ = ["AsyncJinaEmbedding", "JinaEmbedding", "Producer", "__version__"]
+__all__ = ["AsyncJinaEmbedding", "JinaEmbedding", "Producer", "SparseRows", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> object:
         from .producer import Producer
 
         return Producer
+    if name == "SparseRows":
+        from .sparse import SparseRows
+
+        return SparseRows
     if name in ("AsyncJinaEmbedding", "JinaEmbedding"):
         from worker import encoder
 

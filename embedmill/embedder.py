@@ -91,8 +91,9 @@ class Embedding:
     """The answer to one request.
 
     vectors: (n, dimensions) float32, row i belongs to texts[i], or where the spec `packs_bits` (n, dimensions / 8) int8 for
-    `binary` and uint8 for `ubinary`; billed_tokens: what the provider counts (a local model:
-    the tokens it computed); truncated: positions of the texts that were cut to the model's limit.
+    `binary` and uint8 for `ubinary`; a sparse model's: (n,) object, see `embedmill.sparse.sparse_row`;
+    billed_tokens: what the provider counts (a local model: the tokens it computed); truncated: positions of the texts that
+    were cut to the model's limit.
     """
 
     vectors: NDArray[np.float32]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from embedmill.errors import ConfigurationError
+from embedmill.sparse import SPARSE_DIMENSIONS
 
 EmbeddingType = Literal["base64", "float", "binary", "ubinary"]
 """How a provider writes vectors: float32 in base64 or as numbers; one bit per dimension, eight to an int8 or a uint8."""
@@ -35,7 +36,7 @@ class ProviderModel:
     name: `PROVIDER/NAME`; native_dimensions: length of its vectors when nothing is asked for; max_dimensions: the largest
     Matryoshka size (0: only the native size); max_input_tokens: of one text; tasks: accepted values of `task`;
     document_task, query_task: what is sent for the two roles by default; fields: what a request may carry besides `model`
-    and `input`; late_chunking_tokens: of all inputs of one late-chunking request together.
+    and `input`; late_chunking_tokens: of all inputs of one late-chunking request together; sparse: makes weights of tokens.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ProviderModel:
     query_task: str | None
     fields: frozenset[str]
     late_chunking_tokens: int = 0
+    sparse: bool = False
 
     @property
     def provider(self) -> str:
@@ -61,6 +63,10 @@ class ProviderModel:
         """The length of the vectors. Raises ConfigurationError that names the nearest size that works."""
         if dimensions is None or dimensions == self.native_dimensions:
             return self.native_dimensions
+        if self.sparse:
+            raise ConfigurationError(
+                f"{self.name} makes sparse vectors, which have no size to choose: leave dimensions out"
+            )
         if not self.max_dimensions:
             raise ConfigurationError(
                 f"{self.name} has no choice of dimensions: leave --dimensions out, or say {self.native_dimensions}"
@@ -110,11 +116,23 @@ class ProviderModel:
             )
         return None
 
+    def check_truncate(self, truncate: bool | None) -> None:
+        """Raises ConfigurationError for a choice that the model does not leave."""
+        if truncate is not None and "truncate" not in self.fields:
+            raise ConfigurationError(
+                f"{self.name} has no choice of `truncate`: leave it out, or take jina/jina-embeddings-v3"
+            )
+
     def check_embedding_type(self, embedding_type: str, *, dimensions: int) -> EmbeddingType:
-        """Raises ConfigurationError for a type that no model has, or dimensions that do not fill whole bytes of bits."""
+        """Raises ConfigurationError for a type that no model has, bits of sparse vectors, or dimensions that do not fill
+        whole bytes of bits."""
         known = get_args(EmbeddingType)
         if embedding_type not in known:
             raise ConfigurationError(f"no embedding type {embedding_type!r}; {_suggestion(embedding_type, known)}")
+        if self.sparse and embedding_type in ("binary", "ubinary"):
+            raise ConfigurationError(
+                f"{self.name} makes sparse vectors, and no {embedding_type} ones: leave embedding_type out"
+            )
         if embedding_type in ("binary", "ubinary") and dimensions % 8:
             nearest = max(8, dimensions // 8 * 8)
             raise ConfigurationError(
@@ -215,8 +233,23 @@ MODELS = {
     )
 }
 
+# Its schema declares `embedding_type`, too. What other types than numbers would make of weights is not described, so it is
+# left out. The limit of a text is the one that Elastic gives for the model, Jina gives none.
+SPARSE_MODELS = {
+    "jina/elser-v2": ProviderModel(
+        "jina/elser-v2",
+        SPARSE_DIMENSIONS,
+        0,
+        512,
+        _RETRIEVAL,
+        "retrieval.passage",
+        "retrieval.query",
+        frozenset({"task"}),
+        sparse=True,
+    )
+}
+
 _UNSTORABLE = {
-    "jina/elser-v2": "sparse vectors",
     "jina/jina-colbert-v2": "a vector per token",
     "jina/jina-colbert-v1-en": "a vector per token",
 }
@@ -234,14 +267,26 @@ TIERS = {
 
 
 def find_model(name: str) -> ProviderModel:
-    """The model of that name. Raises ConfigurationError that names the near one."""
+    """The model of that name whose vectors a dataset holds. Raises ConfigurationError that names the near one."""
     if name in MODELS:
         return MODELS[name]
+    if name in SPARSE_MODELS:
+        raise ConfigurationError(
+            f"{name} makes sparse vectors, which a dataset cannot hold yet: take jina/jina-embeddings-v3, or embed with"
+            " embedmill.JinaEmbedding and store them yourself"
+        )
     if name in _UNSTORABLE:
         raise ConfigurationError(
             f"{name} makes {_UNSTORABLE[name]}, which a dataset cannot hold yet: take jina/jina-embeddings-v3"
         )
     raise ConfigurationError(f"no model {name!r}; {_suggestion(name, MODELS)}")
+
+
+def find_sparse_model(name: str) -> ProviderModel:
+    """The model of that name that makes sparse vectors. Raises ConfigurationError that names the near one."""
+    if name in SPARSE_MODELS:
+        return SPARSE_MODELS[name]
+    raise ConfigurationError(f"no sparse model {name!r}; {_suggestion(name, SPARSE_MODELS)}")
 
 
 def find_tier(name: str) -> Tier:

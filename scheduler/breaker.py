@@ -57,7 +57,8 @@ class Breaker:
         self._keys = [f"{key_prefix(namespace)}:breaker:{key_id}:{place}"]
         self._first_ms, self._longest_ms, self._probe_ms = (int(s * 1000) for s in (first_s, longest_s, probe_s))
         self._look_every_s = look_every_s
-        self._looked_at = float("-inf")
+        self._teller = uuid.uuid4().hex
+        self._looked_at = self._told_at = float("-inf")
         self._untold = 0
         self._troubled = False
         self._probe = ""
@@ -107,12 +108,13 @@ class Breaker:
         """How a request ended that was admitted as `op`. Never raises: what Redis is not told it learns from the next."""
         if not op and health == "unclear":
             return
-        if not op and health == "good" and not self._troubled:
+        now = anyio.current_time()
+        if not op and health == "good" and not self._troubled and not self._due_to_tell(now):
             self._untold = min(_MOST_UNTOLD, self._untold + 1)
             return
         self._last_failure = said or self._last_failure
-        untold, self._untold = self._untold, 0
-        arguments = [op, health, untold, self._first_ms, self._longest_ms]
+        untold, self._untold, self._told_at = self._untold, 0, now
+        arguments = [op, health, untold, self._first_ms, self._longest_ms, self._teller]
         self._troubled = health == "failed"
         if op == self._probe:
             self._probe = ""
@@ -134,6 +136,10 @@ class Breaker:
             except Overloaded as error:
                 log.warning("a probe was not kept: %s", error)
 
+    def _due_to_tell(self, now: float) -> bool:
+        """Whether to tell again that requests go well. Who sends a single one, to try the key, has no say."""
+        return now - self._told_at >= self._look_every_s and (self._untold > 0 or self._told_at > float("-inf"))
+
     def _known_closed(self) -> bool:
         return not self.is_open and anyio.current_time() - self._looked_at < self._look_every_s
 
@@ -145,5 +151,5 @@ class Breaker:
         if is_open:
             log.warning("%s", self.trouble)
         else:
-            self._untold = 0
+            self._untold, self._told_at = 0, float("-inf")
             log.warning("%s answers again", self._shown)

@@ -13,20 +13,20 @@ import math
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Generic, NoReturn, Protocol, TypeVar
 
 import anyio
 from anyio import to_thread
 
 from embedmill.connection import Connection, key_prefix
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.spending import SpendLogs
-from embedmill.errors import CapReached, Overloaded
+from embedmill.dataset.layout import Job
+from embedmill.dataset.spending import Charged, JobAccount
+from embedmill.errors import BatchPending, CapReached, EmbedmillError, Overloaded
 from embedmill.messages import job_key
 from embedmill.token_bounds import most_tokens
 
@@ -36,20 +36,23 @@ log = logging.getLogger("embedmill.caps")
 
 _SETTLE_WITHIN_S = 5.0
 _LIMIT_KNOWN_S = 2.0
-_LOGS_KNOWN_S = 5.0
-# Longer than a request takes.
-_BUSY_S = 300.0
+# Looked at again beside the requests; only one that finds a look this old and older waits for the next.
+_LOOK_AGAIN_S, _LOOK_OLD_S = 5.0, 10.0
+_ROOM_AGAIN_S = 10.0
 _POLL_S = 0.25
 # Estimates are within a tenth after some bills, and within a quarter before any.
 _DOUBT = 1.25
-_RESERVED, _NEVER, _WITHOUT_MEMORY = 1, -1, -2
+_RESERVED, _NEVER, _WITHOUT_MEMORY, _LOOK_FIRST = 1, -1, -2, -3
+_BEGUN = "begun"
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Hold:
     """A reservation at a cap. grant: the budget's, which says how the request ended; without one it was never sent.
 
-    most_tokens: 0 where nothing is capped; birth: of the account that gave it.
+    most_tokens: 0 where nothing is capped; birth: of the account that gave it; for_batch: for as long as a batch is noted
+    in the dataset, where it counts from then on.
     """
 
     est_tokens: int
@@ -57,6 +60,7 @@ class Hold:
     grant: Grant | None = None
     op: str = field(default_factory=lambda: uuid.uuid4().hex)
     birth: str = ""
+    for_batch: bool = False
 
     @property
     def billed_tokens(self) -> int:
@@ -75,11 +79,30 @@ class Hold:
         return self.doubtful_tokens if self.grant is not None and self.grant.outcome == "unknown" else 0
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """limit: tokens of the cap, 0 for none; charged, batches: see `embedmill.dataset.spending.Charged`."""
+
+    limit: int = 0
+    charged: int = 0
+    batches: int = 0
+
+
 class Cap(Protocol):
     """Where a request asks whether its job may still pay for it, before it waits for the budget."""
 
     def reserve(self, texts: Sequence[str], *, est_tokens: int) -> AbstractAsyncContextManager[Hold]:
-        """Enter when the cap has room; give the hold its grant; leave to settle it. Raises CapReached."""
+        """Enter when the cap has room; give the hold its grant; leave to settle it. Raises CapReached, and BatchPending
+        while open batches may give back what is missing."""
+        ...
+
+    def set_aside(self, texts: Sequence[str]) -> AbstractAsyncContextManager[Hold]:
+        """Hold the most that a batch can cost, from before its intent is written until it is: then that counts. Raises
+        like `reserve`."""
+        ...
+
+    async def room(self) -> Room:
+        """As the dataset has it at this moment."""
         ...
 
 
@@ -90,8 +113,43 @@ class Uncapped:
     async def reserve(self, texts: Sequence[str], *, est_tokens: int) -> AsyncIterator[Hold]:
         yield Hold(est_tokens)
 
+    @asynccontextmanager
+    async def set_aside(self, texts: Sequence[str]) -> AsyncIterator[Hold]:
+        yield Hold(0)
+
+    async def room(self) -> Room:
+        return Room()
+
 
 UNCAPPED = Uncapped()
+
+
+class _Look(Generic[T]):
+    """Something that is read by one caller at a time, for all who wait."""
+
+    def __init__(self, read: Callable[[], T], *, known_s: float) -> None:
+        self._read = read
+        self._known_s = known_s
+        self._lock = anyio.Lock()
+        self._begun = self._done = 0
+        self._read_at_s = float("-inf")
+        self._value: T
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._read_at_s
+
+    async def get(self, *, anew: bool = False) -> T:
+        """anew: as it is now, or later."""
+        wanted = self._begun + 1 if anew else self._done + (self.age_s >= self._known_s)
+        if self._done < wanted:
+            async with self._lock:
+                if self._done < wanted:
+                    self._begun += 1
+                    now_s = time.monotonic()
+                    self._value = await to_thread.run_sync(self._read)
+                    self._done, self._read_at_s = self._begun, now_s
+        return self._value
 
 
 class JobCap:
@@ -109,24 +167,52 @@ class JobCap:
         self._job = job
         self._hold_s = hold_s
         self._alone = alone
-        self._logs = SpendLogs(dataset)
-        self._reading = anyio.Lock()
+        self._account = JobAccount(dataset, job)
+        self._look = _Look(self._read_account, known_s=_LOOK_OLD_S)
+        self._limit = _Look(self._read_limit, known_s=_LIMIT_KNOWN_S)
+        self._beginning = _Look(self._begin, known_s=float("inf"))
+        self._began = False
+        self._wants_markers = False
+        self._knows_markers = False
         prefix = f"{key_prefix(namespace)}:cap:{job_key(dataset.info.id, job)}"
         self._keys = [prefix, *(f"{prefix}:{part}" for part in ("holders", "holds", "late"))]
         self._held: dict[str, Hold] = {}
         self._settled = anyio.Event()
-        self._limit = 0
-        self._limit_until_s = self._logs_until_s = float("-inf")
+        self._seen = ""
 
     @asynccontextmanager
     async def reserve(self, texts: Sequence[str], *, est_tokens: int) -> AsyncIterator[Hold]:
         """Wait while others hold what is missing, then hold the most that `texts` can count.
 
         Cancelled while waiting, nothing is charged; in the body it is as if the answer was lost. Raises
-        CapReached when these texts do not fit, whatever comes back; fewer may. Overloaded without Redis.
+        CapReached when these texts do not fit, whatever comes back; fewer may. BatchPending when open batches have what is
+        missing, Overloaded without Redis.
         """
-        hold = Hold(est_tokens)
-        if not await self._read_limit():
+        async with self._holding(Hold(est_tokens), texts) as hold:
+            yield hold
+
+    @asynccontextmanager
+    async def set_aside(self, texts: Sequence[str]) -> AsyncIterator[Hold]:
+        """See `Cap.set_aside`."""
+        async with self._holding(Hold(0, for_batch=True), texts) as hold:
+            yield hold
+
+    async def room(self) -> Room:
+        """See `Cap.room`."""
+        limit = await self._limit.get(anew=True)
+        if not limit:
+            return Room()
+        charged = await self._charged(with_markers=not self._knows_markers)
+        return Room(limit, charged.tokens, charged.batches)
+
+    async def look_again(self) -> None:
+        """Read on what the dataset says, so that no request has to wait for it."""
+        if _LOOK_AGAIN_S <= self._look.age_s < float("inf") and self._held:
+            await self._look.get(anew=True)
+
+    @asynccontextmanager
+    async def _holding(self, hold: Hold, texts: Sequence[str]) -> AsyncIterator[Hold]:
+        if not await self._limit.get():
             yield hold
             return
         limit = self._dataset.info.embedder.max_input_tokens
@@ -154,54 +240,71 @@ class JobCap:
         for hold in holds if birth else ():
             hold.birth = str(birth)
 
-    async def _read_limit(self, *, now: bool = False) -> int:
+    def _read_limit(self) -> int:
         """Tokens, 0 for no cap: the record may be changed at any time."""
-        if now or time.monotonic() >= self._limit_until_s:
-            record = await to_thread.run_sync(self._dataset.job, self._job)
-            self._limit = record.max_tokens if record is not None else 0
-            self._limit_until_s = time.monotonic() + _LIMIT_KNOWN_S
-        return self._limit
+        record = self._dataset.job(self._job)
+        return record.max_tokens if record is not None else 0
+
+    def _read_account(self) -> Charged:
+        with_markers, self._wants_markers = self._wants_markers, False
+        return self._account.read(with_markers=with_markers)
 
     async def _wait_for_room(self, hold: Hold) -> None:
-        logged: int | str = ""
-        if time.monotonic() >= self._logs_until_s:
-            # Somebody may have worked for the job on another server.
-            logged = await self._charged()
-            self._logs_until_s = time.monotonic() + _LOGS_KNOWN_S
-        limit, newborn = self._limit, False
+        limit, fresh, sure = await self._limit.get(), False, False
+        if await self._beginning.get():
+            self._began = True
         while limit:
             if self._settled.is_set():
                 self._settled = anyio.Event()
-            ask = [hold.op, hold.most_tokens, hold.doubtful_tokens, limit, self._hold_s * 1000, logged, self._gate_ms()]
+            # Somebody may have worked for the job on another server.
+            charged = await self._look.get()
+            ask = [
+                hold.op, hold.most_tokens, hold.doubtful_tokens, limit - charged.of_batches - charged.batches,
+                self._hold_s * 1000, charged.tokens - charged.of_batches, self._gate_ms(), self._seen, int(fresh),
+            ]  # fmt: skip
             answer, *rest = await self._connection.script("scheduler/cap_reserve", self._keys, ask)
+            if answer == _WITHOUT_MEMORY:
+                await self._charged(with_markers=True)
+                fresh = True
+                continue
+            if answer == _LOOK_FIRST:
+                await self._charged()
+                self._seen = str(rest[0])
+                continue
+            self._seen, self._began = str(rest[2]), True
             if answer == _RESERVED:
-                hold.birth = str(rest[2])
+                hold.birth = str(rest[3])
                 self._held[hold.op] = hold
                 return
-            if answer == _WITHOUT_MEMORY:
-                logged, newborn = await self._charged(with_markers=True), True
-                continue
-            logged = ""
-            if newborn:
+            if fresh:
                 await self.keep()
-                newborn = False
+                fresh = False
             if answer == _NEVER:
-                asked, limit = limit, await self._read_limit(now=True)
-                if 0 < limit <= asked:
-                    raise CapReached(cap_reached_words(self._job, limit=limit, spent=int(rest[0])), limit=limit)
+                if sure:
+                    self._refuse(hold, limit, spent=int(rest[0]) + charged.of_batches, batches=charged.batches)
+                limit, sure = await self._limit.get(anew=True), True
+                if charged.batches:
+                    await self._charged()
                 continue
+            sure = False
             with anyio.move_on_after(_POLL_S * random.uniform(1.0, 1.5)):
                 await self._settled.wait()
-            limit = await self._read_limit()
+            limit = await self._limit.get()
         # The cap was lifted.
         hold.most_tokens = 0
+
+    def _refuse(self, hold: Hold, limit: int, *, spent: int, batches: int) -> NoReturn:
+        if batches and spent + hold.most_tokens <= limit:
+            raise BatchPending("open batches hold what is left of the job's cap", retry_after_s=_ROOM_AGAIN_S)
+        raise CapReached(cap_reached_words(self._job, limit=limit, spent=spent), limit=limit)
 
     async def _settle(self, hold: Hold) -> None:
         if not hold.most_tokens:
             return
         charge = hold.billed_tokens + hold.unknown_tokens
         try:
-            await self._connection.script("scheduler/cap_settle", self._keys, [hold.op, charge, hold.birth])
+            settled = [hold.op, charge, hold.birth, int(hold.for_batch)]
+            await self._connection.script("scheduler/cap_settle", self._keys, settled)
         except Overloaded:
             log.warning(
                 "could not settle a request at the cap of job %s; it will be charged as a lost answer", self._job
@@ -209,14 +312,28 @@ class JobCap:
 
     def _gate_ms(self) -> float:
         """For how long an account that is born now gives nothing: until all that is under way was made known to it."""
-        latest = self._logs.latest
-        if not self._alone and latest is not None and (datetime.now(tz=UTC) - latest).total_seconds() < _BUSY_S:
+        if self._began and not self._alone:
             return 1000 * 1.5 * self._hold_s / 4
         return 1000 * _POLL_S if self._held else 0.0
 
-    async def _charged(self, *, with_markers: bool = False) -> int:
-        async with self._reading:
-            return await to_thread.run_sync(partial(self._logs.charged, self._job, with_markers=with_markers))
+    def _begin(self) -> bool:
+        """Note in the job's record, before anything is held, that somebody may pay for it; whether somebody did before."""
+        before = True
+
+        def note(record: Job) -> Job:
+            nonlocal before
+            before = bool(record.caps.get(_BEGUN))
+            return record if before else replace(record, caps={**record.caps, _BEGUN: 1})
+
+        self._dataset.change_job(self._job, note)
+        return before
+
+    async def _charged(self, *, with_markers: bool = False) -> Charged:
+        """As the dataset says at this moment."""
+        self._wants_markers |= with_markers
+        charged = await self._look.get(anew=True)
+        self._knows_markers |= with_markers
+        return charged
 
 
 class Caps:
@@ -244,11 +361,23 @@ class Caps:
         return self._caps[place]
 
     async def keep_alive(self) -> None:
-        """Say regularly which requests live, until cancelled."""
+        """Say regularly which requests live, and read on what the datasets say, until cancelled."""
+        async with anyio.create_task_group() as both:
+            both.start_soon(self._look_regularly)
+            while True:
+                await anyio.sleep(self._hold_s / 4)
+                for cap in list(self._caps.values()):
+                    await cap.keep()
+
+    async def _look_regularly(self) -> None:
+        """Apart from the signs of life: a slow disk must not hold those up."""
         while True:
-            await anyio.sleep(self._hold_s / 4)
+            await anyio.sleep(_LOOK_AGAIN_S / 2)
             for cap in list(self._caps.values()):
-                await cap.keep()
+                try:
+                    await cap.look_again()
+                except EmbedmillError as error:
+                    log.warning("what a job has spent was not looked at again: %s", error)
 
 
 def cap_reached_words(job: str, *, limit: int, spent: int) -> str:

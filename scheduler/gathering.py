@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from embedmill.documents import Reject, SourceDocument
 
 from .log_view import Newest
-from .readings import Gathered, Reading
+from .readings import Gathered, Reading, with_repeats
 
 
 class Gathering:
@@ -26,6 +26,21 @@ class Gathering:
 
     def hold(self, reading: Reading, passage: SourceDocument) -> None:
         self.held.append(Gathered(reading, passage, reading.cursor))
+
+    def hold_again(self, reading: Reading, record: SourceDocument | Reject) -> bool:
+        """True for a passage that is held, and has come once more with its batch. It shares the fate of the held one."""
+        if not isinstance(record, SourceDocument):
+            return False
+        for gathered in self.held:
+            held = gathered.passage
+            if (gathered.reading.key, held.cursor, held.id) == (reading.key, record.cursor, record.id):
+                gathered.again.append(Gathered(reading, record, reading.cursor))
+                return True
+        return False
+
+    def keeps(self, reading: Reading) -> bool:
+        """Whether passages of this reading are held."""
+        return any(gathered.reading is reading for gathered in with_repeats(self.held))
 
     def is_continued_by(self, record: SourceDocument | Reject) -> bool:
         """Whether a record is the next passage of the document; True when none is being read."""
@@ -43,17 +58,24 @@ class Gathering:
 
 def reason_against_group(gathered: Sequence[Gathered], *, shard_rows: int) -> str | None:
     """Why these passages, in their order, cannot be a document."""
-    first = gathered[0].passage
+    group = gathered[0].passage.group
     # One row is left for a passage that the document no longer has.
     if len(gathered) >= shard_rows:
         return (
-            f"document {first.group!r} has {len(gathered):,} passages, and with late chunking fewer than {shard_rows:,} "
+            f"document {group!r} has {len(gathered):,} passages, and with late chunking fewer than {shard_rows:,} "
             "fit together: longer passages make fewer"
         )
-    stem, mark, number = first.id.rpartition("#")
-    if mark and stem == first.group and number.isdecimal() and int(number[:9]):
-        return f"the passages before it did not come, and late chunking needs all of {first.group!r}"
+    for number, g in enumerate(gathered):
+        if g.passage.id != f"{group}#{number}":
+            return f"its passage {f'{group}#{number}'!r} did not come in its place, and late chunking needs all of {group!r}"
     return None
+
+
+def refusals(gathered: Sequence[Gathered], reason: str) -> list[tuple[Reading, Reject]]:
+    """All of these passages refused, whenever they came."""
+    return [
+        (g.reading, Reject(g.passage.place, reason, g.passage.cursor, g.passage.id)) for g in with_repeats(gathered)
+    ]
 
 
 def have_same_texts(gathered: Sequence[Gathered], known: Sequence[Newest | None]) -> bool:

@@ -233,15 +233,18 @@ class InboxAdmission:
         while len(self._filling) > _OPEN_JOBS or (
             len(self._filling) > 1 and sum(f.admitter.open_bytes for f in self._filling.values()) > _OPEN_BYTES
         ):
-            oldest = min((name for name in self._filling if name != job), key=self._since)
+            # The passages that one gathers would be lost with it: their message is not read again while it is held.
+            idle = [name for name, f in self._filling.items() if name != job and not f.admitter.is_gathering]
+            if not idle:
+                break
+            oldest = min(idle, key=self._since)
             await self._close(oldest)
             del self._filling[oldest]
         return self._filling[job]
 
-    def _since(self, job: str) -> tuple[bool, float]:
-        """What is inside of a document comes last: its passages would have to be read again."""
-        filling = self._filling[job]
-        return filling.admitter.is_gathering, float("-inf") if filling.since is None else filling.since
+    def _since(self, job: str) -> float:
+        since = self._filling[job].since
+        return float("-inf") if since is None else since
 
     async def _close(self, job: str) -> None:
         filling = self._filling[job]

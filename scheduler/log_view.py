@@ -43,6 +43,7 @@ class LogView:
         self._members: dict[str, set[str]] = {}
         self._logged: dict[str, Cursor | None] = {}
         self._jobs_cancelled: dict[str, bool] = {}
+        self._batch_keys: dict[int, frozenset[str]] = {}
 
     def look_up(self, records: Iterable[SourceDocument | Reject], *, keys: Sequence[str] = ()) -> None:
         """Read, in few queries, everything that the log says of these records and of the batches with these keys.
@@ -63,6 +64,7 @@ class LogView:
             logged = self._index.batches(keys)
             self._logged.update((key, _batch_cursor(logged.get(key))) for key in keys)
         self._jobs_cancelled.clear()
+        self._batch_keys.clear()
 
     def newest(self, id_: str) -> Newest | None:
         """The highest version of an id in the log."""
@@ -106,6 +108,13 @@ class LogView:
                 return True
         return False
 
+    def names(self, shard: int, batch_key: str) -> bool:
+        """True when a shard of the log has rows of this batch, or stands behind it."""
+        if shard not in self._batch_keys:
+            _, origin = self._dataset.documents(shard, columns=["id"])
+            self._batch_keys[shard] = frozenset(batch.key for batch in origin.batches)
+        return batch_key in self._batch_keys[shard]
+
     def keep_rowless(self, batches: Sequence[tuple[str, int]]) -> None:
         """Make the log know batches, as key and record, that no shard will name."""
         if batches:
@@ -124,6 +133,11 @@ class LogView:
             record = self._dataset.job(job)
             self._jobs_cancelled[job] = record is not None and record.state == "cancelled"
         return self._jobs_cancelled[job]
+
+    def is_cancelled_in_part(self, shard: int) -> bool:
+        """True when any row of the shard was given up, or will be."""
+        marker = self._dataset.marker(shard)
+        return self.is_cancelled((shard, 0)) if marker is None else bool((marker.statuses == CANCELLED).any())
 
 
 def _batch_cursor(record: int | None) -> Cursor | None:

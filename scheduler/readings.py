@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from embedmill.documents import Cursor, Reject, SourceDocument
@@ -55,11 +55,15 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """A passage of a document that is admitted as a whole. before: how far its reading was when it was read."""
+    """A passage of a document that is admitted as a whole.
+
+    before: how far its reading was when it was read; again: it came once more, with its batch, while it was held.
+    """
 
     reading: Reading
     passage: SourceDocument
     before: Cursor
+    again: list[Gathered] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -85,8 +89,21 @@ class Taken:
 
     @property
     def readings(self) -> list[Reading]:
-        return [*(gathered.reading for gathered in self.earlier), self.reading]
+        return [*(gathered.reading for gathered in with_repeats(self.earlier)), self.reading]
 
     @property
     def records(self) -> list[SourceDocument | Reject]:
         return [*(gathered.passage for gathered in self.earlier), self.record]
+
+    def rewind(self) -> None:
+        """Its readings are where they were before it."""
+        self.reading.cursor = self.before
+        for gathered in reversed([*with_repeats(self.earlier)]):
+            gathered.reading.cursor = gathered.before
+
+
+def with_repeats(gathered: Iterable[Gathered]) -> Iterator[Gathered]:
+    """Each passage, and behind it what is the same one come again."""
+    for one in gathered:
+        yield one
+        yield from one.again

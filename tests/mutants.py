@@ -213,6 +213,16 @@ MUTANTS = [
         _patched("embedmill.dataset.index.DatasetIndex.batches", lambda _index, _keys: {}),
         inbox.a_message_that_is_read_again_adds_nothing,
     ),
+    Mutant(
+        "a message that is sent again ends the document that it is a part of",
+        _patched("scheduler.gathering.Gathering.hold_again", lambda *_: False),
+        inbox.a_document_whose_messages_are_lost_and_sent_again_is_admitted_whole,
+    ),
+    Mutant(
+        "a job makes room for another in the middle of a document",
+        _patched("scheduler.admission.Admitter.is_gathering", False),
+        inbox.documents_of_many_jobs_are_gathered_side_by_side,
+    ),
     Mutant("finish and announce in two calls", _finish_apart, seeds=_from(2)),
     Mutant(
         "finish before the marker is durable",
@@ -288,7 +298,7 @@ MUTANTS = [
     ),
     Mutant(
         "what was sent before the account was lost is free",
-        script_mutant("cap_settle", "elseif charge ~= '0' and", "elseif false and"),
+        script_mutant("cap_settle", "elseif ARGV[3] ~= '' and", "elseif false and"),
         caps.what_was_under_way_when_the_account_was_lost_is_charged_once,
     ),
     Mutant(
@@ -298,13 +308,38 @@ MUTANTS = [
     ),
     Mutant(
         "a cap that believes its own account alone",
-        script_mutant("cap_reserve", "if ARGV[6] ~= '' then spent", "if false then spent"),
+        script_mutant("cap_reserve", "spent = math.max(spent, tonumber(ARGV[6]) - held)", ""),
         caps.logs_that_know_of_more_are_believed,
     ),
     Mutant(
         "what is logged and not settled is charged twice",
         script_mutant("cap_reserve", "tonumber(ARGV[6]) - held)", "tonumber(ARGV[6]))"),
         caps.what_is_logged_and_not_settled_yet_is_not_charged_twice,
+    ),
+    Mutant(
+        "an account that waits for nobody whose requests no log has",
+        _patched("scheduler.caps.JobCap._begin", lambda _cap: False),
+        caps.an_account_that_was_lost_waits_for_requests_that_no_log_has_yet,
+    ),
+    Mutant(
+        "an account that waits though nobody was there before",
+        _patched("scheduler.caps.JobCap._begin", lambda _cap: True),
+        caps.the_first_request_of_a_new_job_waits_for_nobody,
+    ),
+    Mutant(
+        "a cap for requests that does not know of batches",
+        _patched("embedmill.dataset.spending.JobAccount._open_intents", lambda _account: []),
+        caps.what_open_batches_can_cost_is_given_to_nobody_until_their_bill_is_known,
+    ),
+    Mutant(
+        "an account that takes up what has ended",
+        script_mutant("cap_keep", " and redis.call('SISMEMBER', KEYS[4], op) == 0", ""),
+        caps.what_ended_without_a_bill_is_not_taken_up_again,
+    ),
+    Mutant(
+        "a cap that looks for batches now and then only",
+        script_mutant("cap_settle", "if ARGV[4] == '1' and", "if false and"),
+        caps.a_batch_is_held_until_it_is_noted_and_then_everybody_knows_of_it,
     ),
 ]
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from embedmill.embedder import Embedder, Embedding, Role, TakesKeys
-from embedmill.errors import EmbedderFailed, EmbedmillError, OutcomeUnknown, RateLimited, TransientError
+from embedmill.errors import BatchPending, EmbedderFailed, EmbedmillError, OutcomeUnknown, RateLimited, TransientError
 from embedmill.messages import Lane
 from scheduler.budget import Grant, RequestBudget
 from scheduler.caps import UNCAPPED, Cap
@@ -211,12 +211,17 @@ def _retrying(policy: RetryPolicy, retries: RetryBudget | None) -> AsyncRetrying
 
     return AsyncRetrying(
         sleep=anyio.sleep,
-        retry=retry_if_exception_type((TransientError, _KeyRefused)),
+        retry=retry_if_exception(_may_pass_soon),
         after=count,
         stop=spent,
         wait=wait_s,
         reraise=True,
     )
+
+
+def _may_pass_soon(error: BaseException) -> bool:
+    """Open batches take minutes or hours: a shard that needs their room is put off."""
+    return isinstance(error, (TransientError, _KeyRefused)) and not isinstance(error, BatchPending)
 
 
 def _error(state: RetryCallState) -> BaseException | None:

@@ -1,70 +1,55 @@
 """How much of a job's cap is left for batches: what was billed, and the most that open batches can cost, taken off.
 
 The intents in the dataset are the account, so nothing of it can be lost: an intent is written, then all are added up, and
-who finds too much takes its own back. Ordinary requests have their account in Redis, which does not know of open batches.
+who finds too much takes its own back. While it is written its tokens are held in Redis, where ordinary requests hold theirs
+(`Cap.set_aside`); after that these look at the intents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from anyio import to_thread
+
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.spending import SpendLogs
-from embedmill.dataset.submissions import Submissions
 from embedmill.errors import BatchPending, CapReached
 from embedmill.token_bounds import most_tokens
-from scheduler.caps import cap_reached_words
+from scheduler.caps import Cap, cap_reached_words
 
 _ROOM_AGAIN_S = 10.0
 
 
 class CapRoom:
-    """The room at the cap of the job that a shard is of. Blocking: run in a thread."""
+    """The room at the cap of one job."""
 
-    def __init__(self, dataset: Dataset, shard: int) -> None:
-        self._dataset = dataset
-        self._job = dataset.admission(shard).job
+    def __init__(self, dataset: Dataset, *, job: str, cap: Cap) -> None:
+        self._job = job
+        self._cap = cap
+        self._max_input_tokens = dataset.info.embedder.max_input_tokens
 
-    def most_tokens(self, texts: Sequence[str]) -> int:
-        """0 where the job has no cap."""
-        return self._bound(texts) if self._limit() else 0
-
-    def affordable(self, texts: Sequence[str]) -> int:
+    async def affordable(self, texts: Sequence[str]) -> int:
         """How many of the first texts the cap has room for.
 
         Raises CapReached when it has none for even one, BatchPending when open batches may give some back.
         """
-        limit = self._limit()
-        if not limit:
+        room = await self._cap.room()
+        if not room.limit:
             return len(texts)
-        billed, open_tokens = self._charged(), self._open_tokens()
-        left = limit - billed - open_tokens
-        for count, text in enumerate(texts):
-            left -= self._bound([text])
-            if left < 0 and count:
-                return count
-            if left < 0 and open_tokens:
-                raise BatchPending("open batches hold what is left of the job's cap", retry_after_s=_ROOM_AGAIN_S)
-            if left < 0:
-                raise CapReached(cap_reached_words(self._job, limit=limit, spent=billed), limit=limit)
-        return len(texts)
+        count = await to_thread.run_sync(self._fitting, texts, room.limit - room.charged - room.batches)
+        if not count and room.batches:
+            raise BatchPending("open batches hold what is left of the job's cap", retry_after_s=_ROOM_AGAIN_S)
+        if not count:
+            raise CapReached(cap_reached_words(self._job, limit=room.limit, spent=room.charged), limit=room.limit)
+        return count
 
-    def holds(self) -> bool:
+    async def holds(self) -> bool:
         """Whether the cap holds whatever the open batches cost."""
-        limit = self._limit()
-        return not limit or self._charged() + self._open_tokens() <= limit
+        room = await self._cap.room()
+        return not room.limit or room.charged + room.batches <= room.limit
 
-    def _bound(self, texts: Sequence[str]) -> int:
-        return most_tokens(texts, max_input_tokens=self._dataset.info.embedder.max_input_tokens)
-
-    def _limit(self) -> int:
-        record = self._dataset.job(self._job)
-        return record.max_tokens if record is not None else 0
-
-    def _charged(self) -> int:
-        return SpendLogs(self._dataset).charged(self._job, with_markers=True)
-
-    def _open_tokens(self) -> int:
-        mine = [shard for shard in self._dataset.owed() if self._dataset.admission(shard).job == self._job]
-        found = Submissions(self._dataset).of_shards(mine)
-        return sum(one.intent.most_tokens for one in found if one.is_open)
+    def _fitting(self, texts: Sequence[str], left: int) -> int:
+        for count, text in enumerate(texts):
+            left -= most_tokens([text], max_input_tokens=self._max_input_tokens)
+            if left < 0:
+                return count
+        return len(texts)

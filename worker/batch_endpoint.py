@@ -12,6 +12,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from embedmill.errors import OutcomeUnknown
+
 State = Literal["pending", "processing", "completed", "failed", "expired", "cancelled"]
 
 
@@ -44,6 +46,10 @@ class BatchLine:
     rejected: bool = False
 
 
+class OutputMissing(OutcomeUnknown):
+    """The provider does not have the lines of a batch, or not yet."""
+
+
 class BatchEndpoint(Protocol):
     """limits: lines and bytes of one batch."""
 
@@ -74,11 +80,11 @@ class BatchEndpoint(Protocol):
         ...
 
     def output(self, batch_id: str) -> AsyncGenerator[BatchLine, None]:
-        """What was embedded, as it arrives. Raises TransientError where it breaks off."""
+        """What was embedded, as it arrives. Raises OutputMissing, and TransientError where it breaks off."""
         ...
 
     def errors(self, batch_id: str) -> AsyncGenerator[BatchLine, None]:
-        """What failed."""
+        """What failed. Raises like `output`."""
         ...
 
     async def aclose(self) -> None: ...

@@ -25,6 +25,7 @@ from embedmill.dataset.submissions import How, Intent, Submission, Submissions
 from embedmill.errors import (
     BatchHeld,
     BatchPending,
+    CapReached,
     EmbedmillError,
     InputRejected,
     InvalidKey,
@@ -39,7 +40,7 @@ from scheduler.caps import Cap
 
 from .batch_caps import CapRoom
 from .batch_endpoint import BatchEndpoint, BatchStatus
-from .batch_matching import LOOK_AGAIN_S, Matching, held_error
+from .batch_matching import LOOK_AGAIN_S, Matching, Sightings, held_error
 from .batch_results import BatchResults
 from .requesting import Requester
 from .results import ShardResults, billed_only
@@ -64,7 +65,7 @@ class BatchLane:
     """One shard on its way through the endpoint.
 
     endpoints: one for each key that may be used, at least one; submits: whether what is owed is sent, or only what was
-    sent is fetched.
+    sent is fetched. compared, sightings: shared by all lanes of a process.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class BatchLane:
         submits: bool,
         attempts: int,
         compared: Compared,
+        sightings: Sightings,
     ) -> None:
         self._endpoints = list(endpoints)
         self._requester = requester
@@ -87,8 +89,8 @@ class BatchLane:
         self._submits = submits
         self._attempts = attempts
         self._compared = compared
+        self._sightings = sightings
         self._submissions = Submissions(dataset)
-        self._room = CapRoom(dataset, shard)
         self._seen: dict[str, BatchStatus] = {}
 
     async def look(self) -> None:
@@ -147,7 +149,7 @@ class BatchLane:
         if self._submits and fresh and not stopping():
             self._refuse_what_keeps_failing(submissions, fresh)
             try:
-                await self._send(fresh, texts, stopping, number=last_number + 1)
+                await self._send(fresh, texts, stopping, cap=cap, number=last_number + 1)
             except BatchPending:
                 # What makes room may be ours, and done sooner.
                 if not await self._open():
@@ -161,7 +163,8 @@ class BatchLane:
     ) -> None:
         if submission.accepted is None:
             with _uncounted():
-                batch_id = await Matching(self._endpoint_of(submission.intent), self._submissions).find(submission)
+                endpoint = self._endpoint_of(submission.intent)
+                batch_id = await Matching(endpoint, self._submissions, self._sightings).find(submission)
             if batch_id is None:
                 return
             submission = next(one for one in await self._read() if one.intent == submission.intent)
@@ -170,11 +173,13 @@ class BatchLane:
             return
         if batch.state == "cancelled":
             raise held_error(submission, f"{batch.batch_id} was cancelled, though not by this job")
+        # What it cost is known from here on, and the cap has the rest of its bound back.
+        await to_thread.run_sync(self._note_bill, submission.intent, batch)
         if batch.state == "completed":
             async with self._compared.lock:
                 if self._dataset.info.id not in self._compared.datasets:
                     endpoint = self._endpoint_of(submission.intent)
-                    if await fetching.compare(endpoint, submission.intent, batch):
+                    if await fetching.compare(endpoint, submission, batch):
                         self._compared.datasets.add(self._dataset.info.id)
             await fetching.fetch(self._endpoint_of(submission.intent), submission, batch)
             await keep()
@@ -184,12 +189,13 @@ class BatchLane:
         self._requester.counts.add(job, passages=0, tokens=billed)
         self._requester.counts.requests += 1
 
+    def _note_bill(self, intent: Intent, batch: BatchStatus) -> None:
+        job = self._dataset.admission(self._shard).job
+        self._submissions.spend(intent, batch.batch_id, job=job, tokens=_billed(intent, batch))
+
     def _end(self, intent: Intent, batch: BatchStatus) -> int:
         """What it was billed; 0 where somebody else has said so already."""
-        # Its estimate, where the provider does not say.
-        tokens = batch.tokens or (intent.tokens if batch.state == "completed" else 0)
-        job = self._dataset.admission(self._shard).job
-        self._submissions.spend(intent, batch.batch_id, job=job, tokens=tokens)
+        tokens = _billed(intent, batch)
         how: How = "done" if batch.state == "completed" else "failed" if batch.state == "failed" else "expired"
         return tokens if self._submissions.end(intent, how, tokens=tokens, reason=batch.error) else 0
 
@@ -222,16 +228,28 @@ class BatchLane:
             )
 
     async def _send(
-        self, rows: Sequence[int], texts: Sequence[str], stopping: Callable[[], bool], *, number: int
+        self, rows: Sequence[int], texts: Sequence[str], stopping: Callable[[], bool], *, cap: Cap, number: int
     ) -> None:
-        left, most_bytes = list(rows), self._endpoints[0].max_bytes
+        room = CapRoom(self._dataset, job=self._dataset.admission(self._shard).job, cap=cap)
+        left, most_bytes, most_lines = list(rows), self._endpoints[0].max_bytes, self._endpoints[0].max_lines
         while left and not stopping():
             await to_thread.run_sync(self._require_place)
-            taken = _fitting(left, texts, most_lines=self._endpoints[0].max_lines, most_bytes=most_bytes)
-            taken = await to_thread.run_sync(self._room.affordable, [texts[row] for row in left[:taken]])
+            taken = _fitting(left, texts, most_lines=most_lines, most_bytes=most_bytes)
+            taken = await room.affordable([texts[row] for row in left[:taken]])
+            wanted = [texts[row] for row in left[:taken]]
             try:
                 with _uncounted():
-                    await self._submit(self._endpoints[0], left[:taken], texts, number=number)
+                    async with cap.set_aside(wanted) as hold:
+                        await self._submit(
+                            self._endpoints[0], left[:taken], wanted,
+                            room=room, most_tokens=hold.most_tokens, number=number,
+                        )  # fmt: skip
+            except CapReached:
+                # Redis knows of more than the logs, as what dead workers may have spent.
+                if taken == 1:
+                    raise
+                most_lines = taken // 2
+                continue
             except (InvalidKey, NoBalance):
                 # Another key of the same owner may do.
                 if len(self._endpoints) == 1:
@@ -245,38 +263,42 @@ class BatchLane:
                 continue
             left, number = left[taken:], number + 1
 
-    async def _submit(self, endpoint: BatchEndpoint, rows: Sequence[int], texts: Sequence[str], *, number: int) -> None:
+    async def _submit(
+        self, endpoint: BatchEndpoint, rows: Sequence[int], texts: Sequence[str], *,
+        room: CapRoom, most_tokens: int, number: int,
+    ) -> None:  # fmt: skip
+        """texts: of these rows."""
         listed, _ = await endpoint.recent()
-        wanted = [texts[row] for row in rows]
-        estimates = await to_thread.run_sync(self._requester.embedder.estimate_tokens, wanted)
+        estimates = await to_thread.run_sync(self._requester.embedder.estimate_tokens, texts)
         began_s = time.monotonic()
-        try:
-            intent = await to_thread.run_sync(
-                partial(
-                    self._submissions.intend,
-                    self._shard,
-                    rows,
-                    number=number,
-                    model=endpoint.model,
-                    tokens=sum(estimates),
-                    key=endpoint.key_id,
-                    api_base=endpoint.api_base,
-                    worker=self._worker,
-                    before=[batch.batch_id for batch in listed],
-                    most_tokens=self._room.most_tokens(wanted),
-                )
+
+        def intend() -> Intent:
+            return self._submissions.intend(
+                self._shard,
+                rows,
+                number=number,
+                model=endpoint.model,
+                tokens=sum(estimates),
+                key=endpoint.key_id,
+                api_base=endpoint.api_base,
+                worker=self._worker,
+                before=[batch.batch_id for batch in listed],
+                most_tokens=most_tokens,
             )
+
+        try:
+            intent = await to_thread.run_sync(intend)
         except ObjectExists as error:
             raise BatchPending("somebody else is at this shard", retry_after_s=LOOK_AGAIN_S) from error
         await afailpoint("batch.after_intent")
-        if not await to_thread.run_sync(self._room.holds):
+        if not await room.holds():
             # Somebody else took the room meanwhile, or stands back likewise.
             await to_thread.run_sync(self._submissions.withdraw, intent)
             raise BatchPending("others were faster at the job's cap", retry_after_s=random.uniform(1.0, 3.0))
         if time.monotonic() - began_s > _SENT_WITHIN_S:
             # Somebody may already be looking for it.
             raise BatchPending(f"submission {intent.name} was not sent in time", retry_after_s=LOOK_AGAIN_S)
-        status = await self._answer(endpoint, intent, {intent.custom_id(row): texts[row] for row in rows})
+        status = await self._answer(endpoint, intent, dict(zip(map(intent.custom_id, rows), texts, strict=True)))
         with anyio.CancelScope(shield=True):
             await afailpoint("batch.after_submit")
             await to_thread.run_sync(partial(self._submissions.accept, intent, status.batch_id, by="answer"))
@@ -343,6 +365,11 @@ def _fitting(rows: Sequence[int], texts: Sequence[str], *, most_lines: int, most
         if count and (count >= most_lines or size > most_bytes):
             return count
     return len(rows)
+
+
+def _billed(intent: Intent, batch: BatchStatus) -> int:
+    """Its estimate, where the provider does not say."""
+    return batch.tokens or (intent.tokens if batch.state == "completed" else 0)
 
 
 def _line_bytes(text: str) -> int:

@@ -10,6 +10,7 @@ from embedmill.errors import BatchHeld, ConfigurationError
 
 from .batch_endpoint import BatchEndpoint, EmbedsInBatches, HasSecrets
 from .batch_lane import BatchLane, Compared
+from .batch_matching import Sightings
 from .requesting import Requester
 
 
@@ -21,6 +22,7 @@ class BatchLanes:
         self._worker = worker
         self._endpoints: dict[str, BatchEndpoint] = {}
         self._compared = Compared()
+        self._sightings = Sightings()
 
     async def lane(self, dataset: Dataset, shard: int, *, attempts: int) -> BatchLane | None:
         """None for a shard of another job, unless something of it was sent before the job changed its mode.
@@ -39,7 +41,8 @@ class BatchLanes:
         secrets = budget.usable_secrets if isinstance(budget, HasSecrets) else ("",)
         return BatchLane(
             list(map(self._endpoint, secrets)), self._requester, dataset, shard,
-            worker=self._worker, submits=submits, attempts=attempts, compared=self._compared,
+            worker=self._worker, submits=submits, attempts=attempts,
+            compared=self._compared, sightings=self._sightings,
         )  # fmt: skip
 
     async def aclose(self) -> None:

@@ -7,8 +7,8 @@ lines lack it, nothing is asked for again at the ordinary price without a person
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from embedmill.dataset.submissions import Intent, Submission
 from embedmill.errors import BatchHeld, BatchPending, OutcomeUnknown
 from scheduler.caps import Cap
 
-from .batch_endpoint import BatchEndpoint, BatchLine, BatchStatus
+from .batch_endpoint import BatchEndpoint, BatchLine, BatchStatus, OutputMissing
 from .batch_matching import held_error
 from .gate import inspect
 from .requesting import Requester
@@ -61,13 +61,14 @@ class BatchResults:
         self._dtype: np.dtype[np.floating] = np.dtype(dtype)
         self._attempts = attempts
         self._stopping = stopping
+        self._without_output: set[str] = set()
 
-    async def compare(self, endpoint: BatchEndpoint, intent: Intent, batch: BatchStatus) -> bool:
+    async def compare(self, endpoint: BatchEndpoint, submission: Submission, batch: BatchStatus) -> bool:
         """Make sure that the endpoint's vectors are those that ordinary requests get, by asking for one text again; whether
         there was a vector to compare. Raises BatchHeld where they are not, and like any request."""
-        async with aclosing(endpoint.output(batch.batch_id)) as lines:
+        async with aclosing(self._output(endpoint, batch)) as lines:
             async for line in lines:
-                row = intent.row_of(line.custom_id)
+                row = submission.intent.row_of(line.custom_id)
                 if line.vector is None or row is None or row >= len(self._texts):
                     continue
                 if not (line.vector.any() and np.isfinite(line.vector).all()):
@@ -91,14 +92,14 @@ class BatchResults:
     async def fetch(self, endpoint: BatchEndpoint, submission: Submission, batch: BatchStatus) -> None:
         """Bring a completed batch into the results.
 
-        Raises BatchHeld where too many lines are of no use, TransientError where the output breaks off, BatchPending when
-        told to stop.
+        Raises BatchHeld where too many lines are of no use, or its output is not there however often it is asked for,
+        TransientError where the output breaks off, BatchPending when told to stop.
         """
         intent = submission.intent
         wanted = set(intent.row_numbers())
         rejected, useless = dict[int, str](), dict[int, str]()
         good, block = 0, dict[int, NDArray[np.float32]]()
-        async with aclosing(endpoint.output(batch.batch_id)) as lines:
+        async with aclosing(self._output(endpoint, batch)) as lines:
             async for line in lines:
                 row = _wanted_row(line, intent, wanted)
                 if row is None:
@@ -115,14 +116,15 @@ class BatchResults:
                     raise BatchPending(f"{batch.batch_id} is fetched later", retry_after_s=1.0)
         good += self._take(block, useless)
         if wanted and (batch.failed or batch.has_errors):
-            async with aclosing(endpoint.errors(batch.batch_id)) as lines:
-                async for line in lines:
-                    row = _wanted_row(line, intent, wanted)
-                    if row is not None:
-                        wanted.discard(row)
-                        (rejected if line.rejected else useless)[row] = line.error
-        if wanted and self._attempts < _TRIES:
-            raise OutcomeUnknown(f"the output of {batch.batch_id} lacks {len(wanted)} lines")
+            with suppress(OutputMissing):
+                async with aclosing(endpoint.errors(batch.batch_id)) as lines:
+                    async for line in lines:
+                        row = _wanted_row(line, intent, wanted)
+                        if row is not None:
+                            wanted.discard(row)
+                            (rejected if line.rejected else useless)[row] = line.error
+        if wanted:
+            self._accept_missing(len(wanted), submission, batch)
         useless.update(dict.fromkeys(wanted, "the output does not have its line"))
         owed = set(self._results.owed())
         lost = [row for row in useless if row in owed]
@@ -136,6 +138,25 @@ class BatchResults:
             complaint = next(iter(rejected.values()))
             await self._requester.require_well(since_s=time.monotonic(), complaint=complaint, cap=self._cap)
         self._bury(rejected)
+
+    def _accept_missing(self, lines: int, submission: Submission, batch: BatchStatus) -> None:
+        """Raises OutcomeUnknown while they may come, BatchHeld where the whole output is not there."""
+        if self._attempts < _TRIES:
+            raise OutcomeUnknown(f"the output of {batch.batch_id} lacks {lines} lines")
+        if batch.batch_id in self._without_output:
+            raise held_error(submission, f"{batch.batch_id} is completed, and the provider does not have its output")
+
+    async def _output(self, endpoint: BatchEndpoint, batch: BatchStatus) -> AsyncGenerator[BatchLine, None]:
+        """Without lines where there is none, and then for as long as this delivery looks at it: what `compare` did not see,
+        `fetch` does not store."""
+        if batch.batch_id in self._without_output:
+            return
+        try:
+            async with aclosing(endpoint.output(batch.batch_id)) as lines:
+                async for line in lines:
+                    yield line
+        except OutputMissing:
+            self._without_output.add(batch.batch_id)
 
     def _take(self, block: dict[int, NDArray[np.float32]], useless: dict[int, str]) -> int:
         """How many vectors passed the gate; the others are of no use."""

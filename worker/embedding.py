@@ -37,7 +37,7 @@ from .packing import pack
 from .requesting import Requester, WorkerCounts
 from .results import Increment, ShardResults
 from .shard_requests import ShardRequests
-from .spend import LoggedCap, SpendLog
+from .spend import LoggedCap, SpendFiles
 from .together import TogetherRequests
 from .trials import FAILURES_TO_SUSPECT, SUSPECT_AFTER, Note, TrialNotes, suspects
 from .windows import WindowPlan, documents_of
@@ -59,7 +59,11 @@ class Tools:
     worker: str
     permits: anyio.CapacityLimiter
     draining: anyio.Event
+    spending: SpendFiles = field(init=False)
     _trials: anyio.Lock = field(default_factory=anyio.Lock)
+
+    def __post_init__(self) -> None:
+        self.spending = SpendFiles(self.worker)
 
     @property
     def counts(self) -> WorkerCounts:
@@ -116,7 +120,7 @@ class ShardEmbedding:
         self._attempt = uuid.uuid4().hex[:12]
         self._checkpoint = Checkpoint(dataset, shard, attempt=self._attempt)
         self._notes = TrialNotes(dataset, shard, attempt=self._attempt)
-        log = SpendLog(dataset, worker=tools.worker, job=dataset.admission(shard).job)
+        log = tools.spending.log(dataset, dataset.admission(shard).job)
         self.cap = LoggedCap(cap, log, shard=shard)
         self._ids: list[tuple[str, int]] = []
         self._texts: list[str] = []

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
 import anyio
 import numpy as np
@@ -21,22 +21,26 @@ from anyio import to_thread
 from numpy.typing import NDArray
 
 from embedmill.connection import FAKE_URL, Connection
-from embedmill.embedder import Embedding, Role
+from embedmill.embedder import EmbedderSpec, Embedding, Role
 from embedmill.errors import ConfigurationError, EmbedmillError, InputRejected, OutcomeUnknown, TooManyInputs
 from embedmill.messages import Lane
-from embedmill.models import find_tier
+from embedmill.models import SPARSE_MODELS, find_tier
+from embedmill.sparse import SparseRows
 from scheduler.breaker import Breaker
 from scheduler.budget import Budget, RequestBudget, Unlimited, key_id
 from scheduler.keyring import Key, KeyRing
 
 from .attempts import embed_batch
 from .embedders.jina import API_BASE, JinaEmbedder
+from .embedders.jina_sparse import JinaSparseEmbedder
 from .gate import inspect
 from .keys import FoundKeys, keys_from_environment, split_keys
 from .packing import pack
 
 Vectors = NDArray[np.float32] | NDArray[np.int8] | NDArray[np.uint8]
+SparseModel = Literal["jina/elser-v2", "elser-v2"]
 _T = TypeVar("_T")
+_V = TypeVar("_V")
 _UNPACED_CONCURRENCY = 4
 _CLOSE_WITHIN_S = 5.0
 
@@ -66,12 +70,21 @@ class JinaOptions(TypedDict, total=False):
     api_base: str
 
 
-class AsyncJinaEmbedding:
+class AsyncJinaEmbedding(Generic[_V]):
     """One model of Jina's, used from one event loop. Close it with `aclose`, or use it as an async context.
 
+    What it makes are `Vectors`, of a sparse model `SparseRows`.
     billed_tokens: what the provider has counted so far, in answers that were used.
     Raises ConfigurationError for options that cannot work together; nothing is sent before `encode_*`.
     """
+
+    @overload
+    def __init__(
+        self: AsyncJinaEmbedding[SparseRows], model_name: SparseModel, **options: Unpack[JinaOptions]
+    ) -> None: ...
+
+    @overload
+    def __init__(self: AsyncJinaEmbedding[Vectors], model_name: str = ..., **options: Unpack[JinaOptions]) -> None: ...
 
     def __init__(self, model_name: str = "jina-embeddings-v3", **options: Unpack[JinaOptions]) -> None:
         if unknown := options.keys() - JinaOptions.__annotations__.keys():
@@ -82,8 +95,10 @@ class AsyncJinaEmbedding:
         plan = options.get("tier")
         tier = find_tier(plan) if plan else None
         concurrency = options.get("concurrency") or (tier.concurrency if tier else _UNPACED_CONCURRENCY)
-        self._embedder = _CheckedJinaEmbedder(
-            f"jina/{model_name.removeprefix('jina/')}",
+        model = f"jina/{model_name.removeprefix('jina/')}"
+        self._sparse = model in SPARSE_MODELS
+        self._embedder = (JinaSparseEmbedder if self._sparse else _CheckedJinaEmbedder)(
+            model,
             key=found.keys[0],
             api_base=options.get("api_base", API_BASE),
             dimensions=options.get("dimensions"),
@@ -116,11 +131,15 @@ class AsyncJinaEmbedding:
 
     @property
     def dim(self) -> int:
-        """The length of a vector, in dimensions; also where eight of them are packed into a byte."""
+        """The length of a vector, in dimensions; also where eight of them are packed into a byte.
+
+        Of a sparse model: how many indices there can be, 2^32 - 1.
+        """
         return self._embedder.spec.dimensions
 
-    async def encode_documents(self, texts: Sequence[str]) -> Vectors:
-        """(n, dim) float32, row i belongs to texts[i]; for `binary` (n, dim / 8) int8, for `ubinary` (n, dim / 8) uint8.
+    async def encode_documents(self, texts: Sequence[str]) -> _V:
+        """(n, dim) float32, row i belongs to texts[i]; for `binary` (n, dim / 8) int8, for `ubinary` (n, dim / 8) uint8;
+        for a sparse model `SparseRows`.
 
         With late chunking, `texts` are the passages of one document; one that is too long for one request goes in several,
         split between passages.
@@ -130,11 +149,11 @@ class AsyncJinaEmbedding:
         """
         return await self._encode(texts, "document")
 
-    async def encode_queries(self, texts: Sequence[str]) -> Vectors:
+    async def encode_queries(self, texts: Sequence[str]) -> _V:
         """As `encode_documents`, in the role of queries. Late chunking does not concern them."""
         return await self._encode(texts, "query")
 
-    async def __call__(self, texts: Sequence[str]) -> Vectors:
+    async def __call__(self, texts: Sequence[str]) -> _V:
         return await self._encode(texts, "document")
 
     async def aclose(self) -> None:
@@ -148,7 +167,7 @@ class AsyncJinaEmbedding:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         await self.aclose()
 
-    async def _encode(self, texts: Sequence[str], role: Role) -> Vectors:
+    async def _encode(self, texts: Sequence[str], role: Role) -> _V:
         texts = _checked_texts(texts)
         # Queries are not late-chunked, but the smaller requests do no harm.
         tokens = await to_thread.run_sync(self._embedder.estimate_tokens, texts) if texts else []
@@ -165,7 +184,7 @@ class AsyncJinaEmbedding:
                     requests.cancel_scope.cancel()
                     return
                 if vectors is None:
-                    vectors = np.empty((len(texts), found.shape[1]), found.dtype)
+                    vectors = np.empty((len(texts), *found.shape[1:]), found.dtype)
                 vectors[rows[0] : rows[-1] + 1] = found
 
         waiting = iter(pack(tokens, limits=self._embedder.limits))
@@ -177,7 +196,12 @@ class AsyncJinaEmbedding:
             keeping.cancel_scope.cancel()
         if trouble is not None:
             raise trouble
-        return self._embedder.no_vectors() if vectors is None else vectors
+        return cast("_V", self._finished(vectors))
+
+    def _finished(self, vectors: Vectors | None) -> Vectors | SparseRows:
+        if self._sparse:
+            return SparseRows.joined([] if vectors is None else list(vectors))
+        return _no_vectors(self._embedder.spec) if vectors is None else vectors
 
     async def _send(self, texts: list[str], est_tokens: int, role: Role, rows: list[int]) -> Vectors:
         # Somebody waits for the answer to a question.
@@ -201,15 +225,21 @@ class AsyncJinaEmbedding:
         return embedding.vectors
 
 
-class JinaEmbedding:
+class JinaEmbedding(Generic[_V]):
     """`AsyncJinaEmbedding` for programs without an event loop, and for notebooks: the same methods, blocking.
 
     Its requests run in a thread of its own, which `close`, the end of a `with`, or the end of the program ends. It may be
     used from several threads.
     """
 
+    @overload
+    def __init__(self: JinaEmbedding[SparseRows], model_name: SparseModel, **options: Unpack[JinaOptions]) -> None: ...
+
+    @overload
+    def __init__(self: JinaEmbedding[Vectors], model_name: str = ..., **options: Unpack[JinaOptions]) -> None: ...
+
     def __init__(self, model_name: str = "jina-embeddings-v3", **options: Unpack[JinaOptions]) -> None:
-        self._encoder = AsyncJinaEmbedding(model_name, **options)
+        self._encoder = cast("AsyncJinaEmbedding[_V]", AsyncJinaEmbedding(model_name, **options))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="embedmill-jina", daemon=True)
         self._thread.start()
@@ -224,15 +254,15 @@ class JinaEmbedding:
     def billed_tokens(self) -> int:
         return self._encoder.billed_tokens
 
-    def encode_documents(self, texts: Sequence[str]) -> Vectors:
+    def encode_documents(self, texts: Sequence[str]) -> _V:
         """See `AsyncJinaEmbedding.encode_documents`."""
         return self._wait_for(self._encoder.encode_documents, texts)
 
-    def encode_queries(self, texts: Sequence[str]) -> Vectors:
+    def encode_queries(self, texts: Sequence[str]) -> _V:
         """See `AsyncJinaEmbedding.encode_queries`."""
         return self._wait_for(self._encoder.encode_queries, texts)
 
-    def __call__(self, texts: Sequence[str]) -> Vectors:
+    def __call__(self, texts: Sequence[str]) -> _V:
         return self.encode_documents(texts)
 
     def close(self) -> None:
@@ -272,15 +302,16 @@ class _CheckedJinaEmbedder(JinaEmbedder):
             raise OutcomeUnknown(f"the answer cannot be used: {len(set(texts))} different texts got one vector")
         return embedding
 
-    def no_vectors(self) -> Vectors:
-        """What no texts make."""
-        match self.spec.options.get("embedding_type"):
-            case "binary":
-                return np.empty((0, self.spec.dimensions // 8), np.int8)
-            case "ubinary":
-                return np.empty((0, self.spec.dimensions // 8), np.uint8)
-            case _:
-                return np.empty((0, self.spec.dimensions), np.float32)
+
+def _no_vectors(spec: EmbedderSpec) -> Vectors:
+    """What no texts make."""
+    match spec.options.get("embedding_type"):
+        case "binary":
+            return np.empty((0, spec.dimensions // 8), np.int8)
+        case "ubinary":
+            return np.empty((0, spec.dimensions // 8), np.uint8)
+        case _:
+            return np.empty((0, spec.dimensions), np.float32)
 
 
 def _checked_texts(texts: Sequence[str]) -> list[str]:
@@ -301,7 +332,7 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, encoder: AsyncJinaEmbedding) -> None:
+def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, encoder: AsyncJinaEmbedding[Any]) -> None:
     async def end() -> None:
         with suppress(Exception):
             await encoder.aclose()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedmill.embedder import EmbedderSpec
+from embedmill.token_bounds import most_tokens
+
+_LOCAL = ("local/", "null/")
 _FLOAT32: np.dtype[np.floating] = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
     """bad: position -> cause, for the rows that may not pass; whole: why the answer as a whole may not pass; alike:
-    different texts all have one vector: a broken provider, or texts that differ only behind the cut."""
+    different texts all have one vector: a broken provider, or texts for which `may_share_vector` holds."""
 
     bad: dict[int, str]
     whole: str | None = None
@@ -43,3 +48,27 @@ def inspect(
     bad |= {int(row): "the vector is zero" for row in np.flatnonzero(zero & finite)}
     alike = not bad and len(set(texts)) > 1 and bool((vectors == vectors[0]).all())
     return GateReport(bad, alike=alike)
+
+
+def may_share_vector(texts: Sequence[str], spec: EmbedderSpec) -> bool:
+    """Whether a model that is well may have one vector for all of these different texts.
+
+    Of an API: when each may be cut, so that they differ behind the cut only, or when they are one text to tokenizers that
+    fold case, accents and blanks. A local model is believed whatever the texts: there is nobody between it and us, and its
+    vocabulary may know no character of them.
+    """
+    if spec.model.startswith(_LOCAL):
+        return True
+    limit = spec.max_input_tokens
+    may_be_cut = limit > 0 and spec.options.get("truncate") is not False
+    if may_be_cut and all(most_tokens([text]) >= limit for text in texts):
+        return True
+    return len(set(map(_folded, texts))) == 1
+
+
+def _folded(text: str) -> str:
+    """Without case, accents, blanks and control characters."""
+    characters = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(
+        one for one in characters if unicodedata.category(one)[0] not in "ZC" and not unicodedata.combining(one)
+    )

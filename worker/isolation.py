@@ -120,7 +120,10 @@ class Trials:
             return
         async with self._notes.standing(Note((row,), control=True)):
             await self._requester.require_well(
-                since_s=time.monotonic(), complaint="a passage that ended its worker", cap=self._requests.cap
+                since_s=time.monotonic(),
+                complaint="a passage that ended its worker",
+                lane=self._requests.lane,
+                cap=self._requests.cap,
             )
             wait_s = control_wait_s(self._requester.canary_s, canary=CANARY, text=self._texts[row])
             # Not in step with anything that kills at intervals.
@@ -139,7 +142,9 @@ class Trials:
             self._controlled = controlled
             await self._requests.embed(rows)
         except (TransientError, EmbedderFailed) as error:
-            await self._requester.require_well(since_s=began_s, complaint=str(error), cap=self._requests.cap)
+            await self._requester.require_well(
+                since_s=began_s, complaint=str(error), lane=self._requests.lane, cap=self._requests.cap
+            )
             owed = set(self._results.owed())
             left = [row for row in rows if row in owed]
             if len(rows) == 1:

@@ -22,10 +22,11 @@ from scheduler.budget import RequestBudget
 from scheduler.caps import UNCAPPED, Cap
 
 from .attempts import Attempt, RetryBudget, Sending, embed_batch, naming_the_unforeseen
-from .gate import inspect
+from .gate import inspect, may_share_vector
 
 CANARY = "The canary in this mine sings of seven blue whales."
 _MALFORMED_IN_A_ROW = 5
+_FIRST_PAUSE_S = 0.5
 _MOST_JOBS = 64
 
 
@@ -107,7 +108,7 @@ class Requester:
         embedder: another face of the same one.
 
         Raises InputRejected for content that is refused, JobFatalError when answers cannot be used several times in a row,
-        TransientError, also when there are no retries left, EmbedderFailed.
+        TransientError when those to these texts cannot and others can, or when there are no retries left, EmbedderFailed.
         """
         tries = 0
         seen: NDArray[np.float32] | None = None
@@ -120,10 +121,13 @@ class Requester:
             doubted = False
             if report.alike:
                 whole = f"{len(set(texts))} different texts got one and the same vector"
-                if not await self._answers_canary_like(embedding, cap):
-                    # Texts that differ only behind the cut get it again; one slip of the provider does not come twice.
-                    doubted = seen is None or not np.array_equal(seen, embedding.vectors[:1])
-                    seen, whole = embedding.vectors[:1], whole if doubted else None
+                possible = may_share_vector(texts, self.embedder.spec)
+                if possible and not await self._answers_canary_like(embedding, cap, lane):
+                    # What is theirs they get again; one slip of the provider does not come twice.
+                    doubted = seen is None
+                    if seen is not None and np.array_equal(seen, embedding.vectors[:1]):
+                        whole = None
+                    seen = embedding.vectors[:1]
             if whole is None:
                 self._malformed = 0
                 if not report.bad:
@@ -136,17 +140,20 @@ class Requester:
                 raise JobFatalError(
                     f"the provider's answers cannot be used: {whole}; nothing is lost, run again when it is well"
                 )
+            tries += 1
+            if tries > _MALFORMED_IN_A_ROW:
+                # Other requests go well, or the job would have stopped.
+                raise OutcomeUnknown(f"malformed answer {tries} times: {whole}")
             if not on_trial:
                 self.take_retry(f"malformed answer: {whole}")
-            await anyio.sleep(0.5 * 2**tries)
-            tries += 1
+            await anyio.sleep(_FIRST_PAUSE_S * 2 ** (tries - 1))
 
     def take_retry(self, complaint: str) -> None:
         """Raises OutcomeUnknown when this worker has made as many retries as it may."""
         if not self.retries.take():
             raise OutcomeUnknown(complaint)
 
-    async def require_well(self, *, since_s: float, complaint: str, cap: Cap = UNCAPPED) -> None:
+    async def require_well(self, *, since_s: float, complaint: str, lane: Lane = "bulk", cap: Cap = UNCAPPED) -> None:
         """Make sure that the provider gives anything a good vector, before a passage is buried for `complaint`.
 
         Raises JobFatalError when it does not even take the canary, TransientError and EmbedderFailed like any request.
@@ -154,7 +161,7 @@ class Requester:
         if self.well_at_s >= since_s:
             return
         try:
-            answer = await self._ask_canary(cap)
+            answer = await self._ask_canary(cap, lane)
         except InputRejected as error:
             raise JobFatalError(
                 f"the provider refuses every text, so no document is to blame: {complaint}; nothing is lost"
@@ -165,19 +172,19 @@ class Requester:
             )
         self.well_at_s = time.monotonic()
 
-    async def _answers_canary_like(self, embedding: Embedding, cap: Cap) -> bool:
+    async def _answers_canary_like(self, embedding: Embedding, cap: Cap, lane: Lane) -> bool:
         """Whether a text unlike all others gets the vector of the others, too."""
-        answer = await self._ask_canary(cap)
+        answer = await self._ask_canary(cap, lane)
         return bool(np.array_equal(answer.vectors[:1], embedding.vectors[:1]))
 
-    async def _ask_canary(self, cap: Cap) -> Embedding:
+    async def _ask_canary(self, cap: Cap, lane: Lane) -> Embedding:
         with naming_the_unforeseen():
             est_tokens = sum(self.embedder.estimate_tokens([CANARY]))
 
         def end(attempt: Attempt) -> None:
             self.canary_s = attempt.seconds
 
-        answer = await self._send([CANARY], est_tokens, cap=cap, bounded=False, on_event=end)
+        answer = await self._send([CANARY], est_tokens, lane=lane, cap=cap, bounded=False, on_event=end)
         self.counts.control_tokens += answer.billed_tokens
         return answer
 

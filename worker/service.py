@@ -162,6 +162,7 @@ class Worker:
             finally:
                 background.cancel_scope.cancel()
                 await self._batches.aclose()
+                await self._tools.spending.write()
         if self._fatal is not None:
             raise self._fatal
 
@@ -283,7 +284,10 @@ class Worker:
         _log.error("shard %d of %s", shard, held.lease.task.dataset, exc_info=error)
         try:
             await self._tools.requester.require_well(
-                since_s=time.monotonic(), complaint=str(error), cap=held.work.cap if held.work is not None else UNCAPPED
+                since_s=time.monotonic(),
+                complaint=str(error),
+                lane=held.lease.task.lane,
+                cap=held.work.cap if held.work is not None else UNCAPPED,
             )
         except EmbedderFailed:
             self._give_up(EmbedmillError(f"shard {shard} failed in an unforeseen way, and so does any text: {error}"))

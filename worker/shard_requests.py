@@ -55,7 +55,7 @@ class ShardRequests:
         self._dtype: np.dtype[np.floating] = np.dtype(dtype)
         self.sending: Callable[[Sequence[int]], AbstractAsyncContextManager[object]] = nullcontext
         self._job = job
-        self._lane = lane
+        self.lane = lane
         self.cap = cap
         self.on_trial = False
         self._tokens: dict[int, int] = {}
@@ -108,7 +108,9 @@ class ShardRequests:
             if position in cut:
                 continue
             if tries <= 1:
-                await self._requester.require_well(since_s=since_s or began_s, complaint=cause, cap=self.cap)
+                await self._requester.require_well(
+                    since_s=since_s or began_s, complaint=cause, lane=self.lane, cap=self.cap
+                )
                 self.fail(rows[position], code="gate", cause=cause)
             else:
                 if not self.on_trial:
@@ -141,7 +143,7 @@ class ShardRequests:
             raise PassageTooLarge(
                 f"passage {self._ids[row][0]} is too large: {refusal}; nothing is lost, go on with other limits"
             ) from refusal
-        await self._requester.require_well(since_s=since_s, complaint=str(refusal), cap=self.cap)
+        await self._requester.require_well(since_s=since_s, complaint=str(refusal), lane=self.lane, cap=self.cap)
         cause = str(refusal)
         if isinstance(refusal, InputTooLong):
             cause = f"it is {self._limit_words}: {cause}"
@@ -157,7 +159,7 @@ class ShardRequests:
             [self._texts[row] for row in rows],
             est_tokens=sum(self._tokens[row] for row in rows),
             on_waste=lambda answer: self._add([], answer, []),
-            lane=self._lane,
+            lane=self.lane,
             cap=self.cap,
             sending=lambda: self.sending(rows),
             on_trial=self.on_trial,

@@ -42,7 +42,7 @@ class TogetherRequests(ShardRequests):
         good = [position for position in range(len(rows)) if position not in report.bad]
         self._add([rows[position] for position in good], embedding, good, together=True)
         for position, cause in report.bad.items():
-            await self._requester.require_well(since_s=began_s, complaint=cause, cap=self.cap)
+            await self._requester.require_well(since_s=began_s, complaint=cause, lane=self.lane, cap=self.cap)
             self.fail(rows[position], code="gate", cause=cause)
 
     async def _refused(self, rows: Sequence[int], refusal: InputRejected, *, tries: int, since_s: float) -> None:

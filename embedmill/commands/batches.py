@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import click
 from anyio import to_thread
 
+from worker.batch_endpoint import BatchStatus
 from worker.embedders.jina import API_BASE
 from worker.embedders.jina_batches import JinaBatches, check_batches
 from worker.keys import keys_from_environment
 
 from ..dataset.dataset import Dataset
 from ..dataset.layout import Job
-from ..dataset.submissions import Submission, Submissions
+from ..dataset.submissions import Intent, Submission, Submissions
 from ..embedder import EmbedderSpec
 from ..errors import ConfigurationError, EmbedmillError
 from .options import output_options, shared
@@ -114,31 +116,32 @@ async def cancel_batches(dataset: Dataset, job: str, api_base: str | None) -> li
     if not opened:
         return left
     try:
-        endpoint = JinaBatches(
-            dataset.info.embedder, key=keys_from_environment().keys[0], api_base=api_base or API_BASE
-        )
+        keys = await to_thread.run_sync(lambda: keys_from_environment().keys)
+        endpoints = [JinaBatches(dataset.info.embedder, key=key, api_base=api_base or API_BASE) for key in keys]
     except ConfigurationError as error:
         return [*left, f"{len(opened)} batches go on at the provider: {error}"]
     try:
         for one in opened:
-            left += await _cancel_one(endpoint, submissions, one, job=job)
+            left += await _cancel_one(endpoints, submissions, one, job=job)
     finally:
-        await endpoint.aclose()
+        for endpoint in endpoints:
+            await endpoint.aclose()
     return left
 
 
 async def _cancel_one(
-    endpoint: JinaBatches, submissions: Submissions, submission: Submission, *, job: str
+    endpoints: Sequence[JinaBatches], submissions: Submissions, submission: Submission, *, job: str
 ) -> list[str]:
     intent, accepted = submission.intent, submission.accepted
     assert accepted is not None
-    if intent.api_base != endpoint.api_base:
+    if intent.api_base != endpoints[0].api_base:
         return [f"{accepted.batch_id} is at {intent.api_base}: say --api-base, and cancel again"]
-    try:
-        status = await endpoint.cancel(accepted.batch_id)
-    except EmbedmillError as error:
-        return [f"{accepted.batch_id} was not cancelled: {error}"]
-    tokens = 0 if status is None else status.tokens
+    status = await _cancelled(endpoints, intent, accepted.batch_id)
+    if isinstance(status, str):
+        return [status]
+    if status.is_open:
+        return [f"{accepted.batch_id} is still {status.state}: cancel again, to have noted what it is billed"]
+    tokens = status.tokens
 
     def end() -> None:
         if tokens:
@@ -147,6 +150,29 @@ async def _cancel_one(
 
     await to_thread.run_sync(end)
     return []
+
+
+async def _cancelled(endpoints: Sequence[JinaBatches], intent: Intent, batch_id: str) -> BatchStatus | str:
+    """Its state after that, or in words why it goes on."""
+    trouble = ""
+    # The key that it was sent with; else another one of the same owner's may do.
+    for endpoint in sorted(endpoints, key=lambda one: one.key_id != intent.key):
+        try:
+            status = await endpoint.cancel(batch_id)
+        except EmbedmillError as error:
+            trouble = trouble or f"{batch_id} was not cancelled: {error}"
+            continue
+        if status is not None:
+            return status
+    if trouble:
+        return trouble
+    discard = f"`embedmill batches discard {intent.name}`"
+    if intent.key in {one.key_id for one in endpoints}:
+        return f"the provider does not know {batch_id} any more: {discard} counts it as billed"
+    return (
+        f"{batch_id} may go on at the provider: it was sent with another API key ({intent.key}), and those at hand do not"
+        f" know it. Set JINA_API_KEY to the one that sent it and cancel again; or {discard} counts it as billed"
+    )
 
 
 def _open(to: str | None) -> Dataset:

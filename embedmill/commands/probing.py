@@ -17,7 +17,7 @@ from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
 from ..dataset.store import LocalStore
 from ..embedder import Embedder
-from ..errors import JobFatalError, OutcomeUnknown, StorageError
+from ..errors import BatchPending, JobFatalError, OutcomeUnknown, StorageError
 from ..sources import Chunking, FieldRules, Source, open_source
 from ..sources.opening import PYDOC
 from ..survey import Survey, survey
@@ -37,10 +37,13 @@ async def probe_provider(embedder: Embedder, budget: RequestBudget, *, cap: Cap)
     """One small request, so that a bad key, an empty account, a wrong address or wrong dimensions are found before anything
     is admitted; the tokens that it was billed.
 
-    Raises JobFatalError for answers that cannot be used, and what any request raises.
+    Nothing is asked while open batches hold what is left of the cap: the provider took these. Raises JobFatalError for
+    answers that cannot be used, and what any request raises.
     """
     try:
         answer = await embed_batch(embedder, [PROBE], budget=budget, role="query", cap=cap, policy=_POLICY)
+    except BatchPending:
+        return 0
     except OutcomeUnknown as error:
         raise JobFatalError(
             f"the provider was asked for one vector first, in vain: {error}; nothing was admitted"

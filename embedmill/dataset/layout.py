@@ -292,7 +292,8 @@ class Job:
     mode: how its passages are sent, one request after the other or through the provider's batch endpoint;
     stopped_by: who paused or cancelled it; a worker does so for want of balance, and then `run` and `push` start it again.
     too_long: what becomes of a passage over the model's limit;
-    caps: `max_tokens`, the most that it may be billed in all, and `reached`, the cap at which it was last stopped.
+    caps: `max_tokens`, the most that it may be billed in all, and `reached`, the cap at which it was last stopped,
+    `begun`, 1 once anything may have been paid for under a cap.
     """
 
     id: str

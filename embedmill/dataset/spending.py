@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,9 @@ from datetime import UTC, datetime
 from ..errors import EmbedmillError
 from . import layout
 from .dataset import Dataset
+from .submissions import Intent, Submissions
+
+_OF_A_BATCH = re.compile(r"batch-[0-9a-f]{16}\.log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +46,42 @@ class SpendLogs:
         self._read: dict[str, int] = {}
         self._by_job: Counter[str] = Counter()
         self._by_shard: Counter[int] = Counter()
-        self.latest: datetime | None = None
-        """When the last request was noted, of what has been read."""
+        self._by_batches: Counter[str] = Counter()
+        self._beyond: Counter[str] = Counter()
 
     def charged(self, job: str, *, with_markers: bool = False) -> int:
         """Tokens charged to a job. with_markers: where a marker was billed more than the logs know of its shard, as when a
-        log was lost, the marker counts."""
-        for line in self._new_lines():
+        log was lost, the marker counts, now and from then on."""
+        # Before the logs: these have a shard's lines before its marker is there.
+        committed = self._dataset.committed() if with_markers else ()
+        for name, line in self._new_lines():
             self._by_job[self._job_of(line)] += line.charged
-            self.latest = max(self.latest or line.at, line.at)
+            if _OF_A_BATCH.fullmatch(name):
+                self._by_batches[line.job] += line.charged
             if line.shard is not None:
                 self._by_shard[line.shard] += line.charged
-        return self._by_job[job] + (self._only_in_markers(job) if with_markers else 0)
+        if with_markers:
+            self._beyond[job] = self._only_in_markers(job, committed)
+        return self._by_job[job] + self._beyond[job]
 
-    def _new_lines(self) -> Iterator[Spent]:
+    def of_batches(self, job: str) -> int:
+        """How much of what was returned last batches of the provider's batch endpoint were charged."""
+        return self._by_batches[job]
+
+    def has_read(self, name: str) -> bool:
+        """Whether a log has a line that is among what was returned last."""
+        return self._read.get(name, 0) > 0
+
+    def _new_lines(self) -> Iterator[tuple[str, Spent]]:
         for name in self._dataset.store.names(layout.SPEND_FOLDER):
             begin = self._read.get(name, 0)
+            if begin and _OF_A_BATCH.fullmatch(name):
+                # Created whole, and nothing is ever appended.
+                continue
             data = self._dataset.store.read_from(f"{layout.SPEND_FOLDER}/{name}", begin)
             whole = data[: data.rfind(b"\n") + 1]
             self._read[name] = begin + len(whole)
-            yield from _parse(whole)
+            yield from ((name, line) for line in _parse(whole))
 
     def _job_of(self, line: Spent) -> str:
         """Lines of earlier releases name the shard only, which may have been put out of the log since."""
@@ -70,10 +90,59 @@ class SpendLogs:
                 return self._dataset.admission(line.shard).job
         return line.job
 
-    def _only_in_markers(self, job: str) -> int:
-        markers = (self._dataset.marker(shard) for shard in self._dataset.committed())
+    def _only_in_markers(self, job: str, committed: Iterable[int]) -> int:
+        markers = map(self._dataset.marker, committed)
         mine = [marker for marker in markers if marker and self._dataset.admission(marker.shard).job == job]
         return sum(max(0, marker.billed_tokens - self._by_shard[marker.shard]) for marker in mine)
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """tokens: charged to a job; of_batches: how much of it to batches of the provider's batch endpoint; batches: the most
+    that open ones can cost beyond that."""
+
+    tokens: int = 0
+    of_batches: int = 0
+    batches: int = 0
+
+
+class JobAccount:
+    """What the dataset says of one job's money, read on from where it was read before. Blocking; one thread at a time."""
+
+    def __init__(self, dataset: Dataset, job: str) -> None:
+        self._dataset = dataset
+        self._job = job
+        self._logs = SpendLogs(dataset)
+        self._submissions = Submissions(dataset)
+        self._intents: dict[tuple[int, int], Intent] = {}
+
+    def read(self, *, with_markers: bool = False) -> Charged:
+        """with_markers: see `SpendLogs.charged`. A batch is open until its bill is among the tokens: never in neither."""
+        # Before the logs: the bill of what ends meanwhile is in these.
+        intents = self._open_intents()
+        tokens = self._logs.charged(self._job, with_markers=with_markers)
+        # One that was sent before there was a cap has no bound.
+        return Charged(
+            tokens,
+            self._logs.of_batches(self._job),
+            sum(one.most_tokens or one.tokens for one in intents if not self._logs.has_read(one.spend_log)),
+        )
+
+    def _open_intents(self) -> list[Intent]:
+        places = self._submissions.open_places()
+        owed = set(self._dataset.owed()) if places else set()
+        known, self._intents = self._intents, {}
+        found = []
+        for place, is_accepted in places.items():
+            if place[0] not in owed or self._dataset.admission(place[0]).job != self._job:
+                continue
+            intent = known.get(place) or self._submissions.intent(*place)
+            if intent is None:
+                continue
+            found.append(intent)
+            if is_accepted:
+                self._intents[place] = intent
+        return found
 
 
 def spend_lines(dataset: Dataset) -> Iterator[Spent]:

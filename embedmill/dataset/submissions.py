@@ -52,6 +52,11 @@ class Intent:
     def name(self) -> str:
         return f"{self.shard:08d}-{self.number:04d}"
 
+    @property
+    def spend_log(self) -> str:
+        """Name of the log that has its bill, once that is known."""
+        return f"batch-{self.attempt}.log"
+
     def row_numbers(self) -> list[int]:
         return [row for start, length in self.rows for row in range(start, start + length)]
 
@@ -145,6 +150,17 @@ class Submissions:
             of in wanted and "intent" in kinds and "end" not in kinds for (of, _), kinds in self._places().items()
         )
 
+    def open_places(self) -> dict[tuple[int, int], bool]:
+        """Shard and number of each that has not ended, and whether its batch is known: then its intent stays as it is.
+        Without reading any of them."""
+        places = self._places().items()
+        return {place: "batch" in kinds for place, kinds in places if "intent" in kinds and "end" not in kinds}
+
+    def intent(self, shard: int, number: int) -> Intent | None:
+        """None where it was withdrawn."""
+        found: Intent | None = self._record(Intent, shard, number, "intent")
+        return found
+
     def batch_ids(self) -> set[str]:
         """Every batch that is known to be that of some submission."""
         places = (place for place, kinds in self._places().items() if "batch" in kinds)
@@ -216,7 +232,7 @@ class Submissions:
             "batch": batch_id,
         }
         with suppress(ObjectExists):
-            self._store.create(f"{SPEND_FOLDER}/batch-{intent.attempt}.log", (json.dumps(record) + "\n").encode())
+            self._store.create(f"{SPEND_FOLDER}/{intent.spend_log}", (json.dumps(record) + "\n").encode())
 
     def _places(self) -> dict[tuple[int, int], set[str]]:
         """Kinds of objects by (shard, number)."""

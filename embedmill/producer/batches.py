@@ -8,7 +8,7 @@ earlier batch would have it pushed again behind the later one, and what is older
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -112,11 +112,14 @@ class Batches:
             if self.open is batch:
                 self.seal()
 
-    async def wait_for_room(self, names: AbstractSet[str], size: int) -> None:
-        """Until there is memory for `size` bytes more, and none of the names is on its way."""
+    async def wait_for_room(self, names: AbstractSet[str], size: int, *, held_bytes: int) -> None:
+        """Until there is memory for `size` bytes more, and none of the names is on its way.
+
+        held_bytes: of what is kept, for how many nobody need wait: their receipts may come only after these bytes.
+        """
         self.raise_trouble()
         while True:
-            too_much = self.bytes > 0 and self.bytes + size > self._max_bytes
+            too_much = self.bytes > held_bytes and self.bytes + size > self._max_bytes
             if not too_much and self._on_the_way.keys().isdisjoint(names):
                 return
             if too_much:
@@ -145,10 +148,16 @@ class Batches:
 
 
 class SplitDocuments:
-    """Which passage comes next of each document whose last passage was not added yet."""
+    """Which passage comes next of each document whose last passage was not added yet, and what waits for that one.
+
+    held_bytes: of the batches with the document that was added last, when that goes on. With late chunking they have no
+    receipts before its last passage is there, or another document.
+    """
 
     def __init__(self) -> None:
         self._next: dict[str, int] = {}
+        self._held: str | None = None
+        self.held_bytes = 0
 
     def check(self, document: SourceDocument) -> None:
         """Raises InputRejected for a passage that does not follow the one before.
@@ -164,12 +173,34 @@ class SplitDocuments:
             f" last=False; the next one is {document.group}#{self._next.get(document.group, 0)}"
         )
 
-    def note(self, document: SourceDocument) -> None:
-        """It was added."""
-        if document.group is None or document.last:
-            self._next.pop(document_of(document), None)
+    def check_room(self, first: SourceDocument, size: int, *, max_bytes: int) -> None:
+        """Raises InputRejected when a document goes on with it that cannot be kept in memory whole.
+
+        size: of it and what is added with it.
+        """
+        if self._goes_on_with(first) and self.held_bytes + size > max_bytes:
+            raise InputRejected(
+                f"document {first.id!r} cannot be pushed: the passages of {first.group!r} up to this one take more than"
+                f" max_pending_bytes, {max_bytes:,}, and may have to be kept until the last one is admitted: raise it"
+            )
+
+    def note(self, documents: Sequence[SourceDocument], batch: Batch, size: int) -> None:
+        """They were added to a batch, with so many bytes. What stands in it before a first passage waits with that one."""
+        goes_on = self._goes_on_with(documents[0])
+        for document in documents:
+            if document.group is None or document.last:
+                self._next.pop(document_of(document), None)
+            else:
+                self._next[document.group] = passage_number(document) + 1
+        last = documents[-1]
+        begun, self._held = self._held, None if last.last else last.group
+        if self._held is None:
+            self.held_bytes = 0
         else:
-            self._next[document.group] = passage_number(document) + 1
+            self.held_bytes = self.held_bytes + size if goes_on and self._held == begun else batch.bytes
+
+    def _goes_on_with(self, document: SourceDocument) -> bool:
+        return self._held is not None and document.group == self._held and passage_number(document) > 0
 
 
 def document_of(document: SourceDocument) -> str:

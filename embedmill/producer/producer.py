@@ -32,7 +32,8 @@ class Producer:
     redis: a URL, or a Connection, which is then not closed here. job, lane: under which job the documents are admitted,
     and the lane of a job that is new. A batch goes off at `batch_documents` documents or `batch_bytes`, and at the latest
     after `linger_s`. high_water, high_water_bytes: what may wait in the inbox; above it the producer waits.
-    max_pending_bytes: what may be kept in memory; above it `add` waits. confirm=False: a batch is done once Redis has it,
+    max_pending_bytes: what may be kept in memory, above it `add` waits; also the most that the passages of one document may
+    take, since late chunking admits them together. confirm=False: a batch is done once Redis has it,
     and what Redis then loses is lost. resend_s: how often to look for what has no receipt and was lost. on_receipt: called
     with each receipt; what it raises ends the producer.
 
@@ -77,6 +78,7 @@ class Producer:
         self._batch_documents, self._batch_bytes, self._linger_s = batch_documents, batch_bytes, linger_s
         self._resend_s, self._on_receipt = resend_s, on_receipt
         self.receipts = ReceiptTotals()
+        self._max_pending_bytes = max_pending_bytes
         self._batches = Batches(max_bytes=max_pending_bytes)
         self._split = SplitDocuments()
         self._adding = anyio.Lock()
@@ -138,6 +140,7 @@ class Producer:
         group: it is a passage of that document; they are added in their order, with the ids GROUP#0, GROUP#1 and so on, and
         all but the last with last=False. Raises InputRejected, in a sentence, for what cannot be admitted;
         ConfigurationError when Redis refuses for good, and outside of the `async with` of this producer.
+        With late chunking nothing of a document is admitted before its last passage is there, or another document.
         """
         await self._add(*encode_document(id, text, metadata=metadata, group=group, last=last))
 
@@ -163,11 +166,12 @@ class Producer:
         async with self._adding:
             self._batches.seal()
             await self._batches.wait_for_key(key)
-            await self._batches.wait_for_room(awaited, size)
-            self._batches.append(self._batches.begin(key), lines, names=names, size=size)
+            self._split.check_room(read[0], size, max_bytes=self._max_pending_bytes)
+            await self._batches.wait_for_room(awaited, size, held_bytes=self._split.held_bytes)
+            batch = self._batches.begin(key)
+            self._batches.append(batch, lines, names=names, size=size)
             self._batches.seal()
-            for document in read:
-                self._split.note(document)
+            self._split.note(read, batch, size)
 
     async def flush(self) -> None:
         """Wait until everything added so far is admitted (with confirm=False: is in Redis). Raises ConfigurationError."""
@@ -186,12 +190,13 @@ class Producer:
         batches = self._batches
         async with self._adding:
             self._split.check(document)
+            self._split.check_room(document, size, max_bytes=self._max_pending_bytes)
             if batches.open is not None and batches.open.bytes + size > self._batch_bytes:
                 batches.seal()
-            await batches.wait_for_room(awaited, size)
+            await batches.wait_for_room(awaited, size, held_bytes=self._split.held_bytes)
             batch = batches.open or batches.begin(f"{self._name}/{batches.begun + 1}")
             batches.append(batch, [line], names=names, size=size)
-            self._split.note(document)
+            self._split.note([document], batch, size)
             if len(batch.lines) >= self._batch_documents or batch.bytes >= self._batch_bytes:
                 batches.seal()
 

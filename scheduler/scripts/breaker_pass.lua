@@ -3,7 +3,8 @@
 --
 -- KEYS[1] breaker  hash    outcomes (the last 20 that were told, '1' failed, '0' not, newest last), open_ms (how long it
 --                          was opened last; there while it is open), until (nothing is sent before), probe (op of who
---                          may send now) and probe_until
+--                          may send now) and probe_until; by:TELLER of each process (what it told last, as a digit of
+--                          outcomes, and when)
 -- ARGV[1] op       string
 -- ARGV[2] probe    ms for which a probe is given; who dies gives it back so
 -- ARGV[3] longest  ms that nothing is sent at a time

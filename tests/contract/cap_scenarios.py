@@ -12,12 +12,13 @@ import anyio
 
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
-from embedmill.errors import CapReached
+from embedmill.dataset.submissions import Intent, Submissions
+from embedmill.errors import BatchPending, CapReached
 from scheduler.budget import Grant
 from scheduler.caps import Hold, JobCap
 from tests.contract.queue_bench import NAMESPACE, Bench
 from tests.contract.queue_scenarios import Scenario
-from tests.datasets import small_dataset
+from tests.datasets import admit_texts, small_dataset
 from worker.spend import LoggedCap, SpendLog
 
 HUNDRED = "x" * 84
@@ -44,6 +45,17 @@ class CapBench:
     def set_cap(self, tokens: int) -> None:
         self.dataset.change_job("main", lambda job: replace(job, caps={"max_tokens": tokens}))
 
+    @property
+    def submissions(self) -> Submissions:
+        return Submissions(self.dataset)
+
+    def intend(self, most_tokens: int) -> Intent:
+        """A batch that is about to be sent."""
+        admit_texts(self.dataset, 0, ["a"])
+        return self.submissions.intend(
+            0, [0], number=1, model="m", tokens=10, key="k", api_base="", worker="w", before=[], most_tokens=most_tokens
+        )
+
     async def account(self) -> tuple[int, int]:
         """Tokens spent and held."""
         spent, held = await self.connection.command("HMGET", self.key, "spent", "held")
@@ -66,7 +78,7 @@ async def cap_bench(bench: Bench, *, cap: int) -> AsyncIterator[CapBench]:
         with anyio.move_on_after(_WITHIN_S) as scope:
             try:
                 yield made
-            except CapReached as error:
+            except (CapReached, BatchPending) as error:
                 raise AssertionError("what fits was refused") from error
         assert not scope.cancelled_caught, "somebody waits for ever"
 
@@ -86,6 +98,14 @@ async def is_refused(cap: JobCap | LoggedCap, *, text: str = HUNDRED) -> bool:
         return True
 
 
+async def is_put_off(cap: JobCap | LoggedCap, *, text: str = HUNDRED) -> bool:
+    try:
+        async with cap.reserve([text], est_tokens=25):
+            return False
+    except BatchPending:
+        return True
+
+
 async def waits(cap: JobCap | LoggedCap, *, text: str = HUNDRED) -> bool:
     """Neither given nor refused."""
     with anyio.move_on_after(0.1) as scope:
@@ -97,7 +117,6 @@ async def waits(cap: JobCap | LoggedCap, *, text: str = HUNDRED) -> bool:
 async def abandon(cap: JobCap) -> Hold:
     """A hold whose worker dies with its request under way."""
     hold = Hold(25, most_tokens=100)
-    await cap._read_limit()
     await cap._wait_for_room(hold)
     del cap._held[hold.op]
     return hold
@@ -145,7 +164,6 @@ async def a_request_is_charged_once_with_what_it_was_billed(bench: Bench) -> Non
 async def asking_again_for_one_request_holds_it_once(bench: Bench) -> None:
     async with cap_bench(bench, cap=1000) as job:
         cap, hold = job.worker(), Hold(25, most_tokens=100)
-        await cap._read_limit()
         for _ in range(3):
             await cap._wait_for_room(hold)
         assert await job.account() == (0, 100)
@@ -211,12 +229,12 @@ async def what_ends_while_the_logs_are_read_is_charged(bench: Bench) -> None:
         cap, reader = job.worker(), Hold(25, most_tokens=100)
         async with cap.reserve([HUNDRED], est_tokens=25) as hold:
             await bench.connection.command("FLUSHALL")
-            ask = [reader.op, 100, 25, 1000, _HOLD_S * 1000, "", 0]
+            ask = [reader.op, 100, 25, 1000, _HOLD_S * 1000, 0, 0, "", 0]
             reply = await bench.connection.script("scheduler/cap_reserve", cap._keys, ask)
             assert reply == [-2]
             hold.grant = Grant(25)
             hold.grant.settle(40)
-        ask[5] = 7
+        ask[5], ask[8] = 7, 1
         assert (await bench.connection.script("scheduler/cap_reserve", cap._keys, ask))[:2] == [1, 47]
 
 
@@ -239,6 +257,59 @@ async def what_is_logged_and_not_settled_yet_is_not_charged_twice(bench: Bench) 
         assert await job.account() == (40, 0)
 
 
+async def an_account_that_was_lost_waits_for_requests_that_no_log_has_yet(bench: Bench) -> None:
+    async with cap_bench(bench, cap=150) as job:
+        cap = job.worker(alone=False)
+        async with cap.reserve([HUNDRED], est_tokens=25):
+            await bench.connection.command("FLUSHALL")
+            assert await waits(job.worker(alone=False))
+            await cap.keep()
+            assert await job.account() == (0, 100)
+
+
+async def what_ended_without_a_bill_is_not_taken_up_again(bench: Bench) -> None:
+    """A sign of life is under way when its request ends."""
+    async with cap_bench(bench, cap=1000) as job:
+        cap = job.worker()
+        async with cap.reserve([HUNDRED], est_tokens=25) as hold:
+            await bench.connection.command("FLUSHALL")
+            await pay(job.worker(), 10)
+        cap._held[hold.op] = hold
+        await cap.keep()
+        assert await job.account() == (10, 0)
+
+
+async def the_first_request_of_a_new_job_waits_for_nobody(bench: Bench) -> None:
+    async with cap_bench(bench, cap=150) as job:
+        assert not await waits(job.worker(alone=False))
+
+
+async def what_open_batches_can_cost_is_given_to_nobody_until_their_bill_is_known(bench: Bench) -> None:
+    async with cap_bench(bench, cap=1000) as job:
+        intent = job.intend(850)
+        await pay(job.worker(), 100)
+        assert await is_put_off(job.worker())
+        job.submissions.spend(intent, "b", job="main", tokens=700)
+        await pay(job.worker(), 100)
+        assert await job.account() == (200, 0)
+        job.submissions.end(intent, "done", tokens=700)
+        await pay(job.worker(), 100)
+        assert await is_refused(job.worker())
+
+
+async def a_batch_is_held_until_it_is_noted_and_then_everybody_knows_of_it(bench: Bench) -> None:
+    async with cap_bench(bench, cap=250) as job:
+        cap = job.worker()
+        await pay(cap, 10)
+        async with job.worker().set_aside([HUNDRED]) as hold:
+            assert await job.account() == (10, 100)
+            assert await waits(cap, text=HUNDRED * 2)
+            job.intend(hold.most_tokens)
+        assert await job.account() == (10, 0)
+        assert await is_put_off(cap, text=HUNDRED * 2)
+        await pay(cap, 10)
+
+
 SCENARIOS: list[Scenario] = [
     workers_together_never_hold_more_than_the_cap_leaves,
     what_others_give_back_is_there_at_once_and_what_never_fits_is_refused,
@@ -252,4 +323,9 @@ SCENARIOS: list[Scenario] = [
     what_ends_while_the_logs_are_read_is_charged,
     logs_that_know_of_more_are_believed,
     what_is_logged_and_not_settled_yet_is_not_charged_twice,
+    an_account_that_was_lost_waits_for_requests_that_no_log_has_yet,
+    what_ended_without_a_bill_is_not_taken_up_again,
+    the_first_request_of_a_new_job_waits_for_nobody,
+    what_open_batches_can_cost_is_given_to_nobody_until_their_bill_is_known,
+    a_batch_is_held_until_it_is_noted_and_then_everybody_knows_of_it,
 ]

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from scheduler.queue import Queue
 from tests.invariants import check_dataset
 from worker.embedders.null import NullEmbedder
 
+from .batch_provider import submitted
 from .loader_case import run_loader_case
 from .parts import DIMENSIONS, INBOX, LEASE_S, PRODUCED, PUSHED, Place
 from .points import Action, Ended, Outcome, Point
@@ -29,6 +31,7 @@ from .processes import CRASHED, Processes, until, until_ended
 
 _WITHIN_S = 45.0
 _HEAD_START_S = 0.3
+_WORKERS = ("worker", "batch worker")
 
 
 async def run_case(point: Point, action: Action, *, redis: str, folder: Path) -> Outcome:
@@ -55,10 +58,13 @@ class _QueueCase:
         connection = Connection(self._place.redis)
         queue = Queue(connection, namespace=self._place.namespace, lease_s=LEASE_S)
         try:
-            if point.part == "worker":
+            if point.part in _WORKERS:
                 await self._admit()
             armed = processes.start_armed()
             await anyio.sleep(_HEAD_START_S)
+            if point.part == "batch worker":
+                # Between two looks at a batch its shard is anybody's: another worker might take each of them over.
+                await until(self._place.fault.exists, what="the fault")
             if point.told_to_end:
                 await until(self._place.sent.exists, what="the first request")
                 armed.terminate()
@@ -76,8 +82,8 @@ class _QueueCase:
 
     def _beside(self) -> Sequence[str]:
         """What runs beside the armed part: one of each other, and another worker."""
-        if self._point.part == "worker":
-            return ("scheduler", "worker")
+        if self._point.part in _WORKERS:
+            return ("scheduler", self._point.part)
         return [part for part in ("scheduler", "pusher", "producer", "worker") if part != self._point.part]
 
     async def _admit(self) -> None:
@@ -87,6 +93,13 @@ class _QueueCase:
             await until_ended(part)
         scheduler.terminate()
         await until_ended(scheduler)
+        if self._point.part == "batch worker":
+            await to_thread.run_sync(self._change_to_batches)
+
+    def _change_to_batches(self) -> None:
+        dataset = Dataset.open(str(self._place.dataset))
+        for job in ("pushed", "produced"):
+            dataset.change_job(job, lambda known: replace(known, mode="batch"))
 
     async def _until_rest(
         self, armed: BaseProcess, clean: dict[str, BaseProcess], queue: Queue, connection: Connection
@@ -122,6 +135,9 @@ class _QueueCase:
         dataset.publish_shape()
         check_dataset(self._place.dataset, source=PUSHED | PRODUCED)
         rows = sum(dataset.documents(shard)[0].num_rows for shard in dataset.admitted())
+        if self._point.part == "batch worker":
+            texts = [*PUSHED.values(), *PRODUCED.values()]
+            assert submitted(self._place.batches) == Counter(texts), "a text was sent in two batches, or in none"
         assert rows == len(PUSHED) + len(PRODUCED), f"{rows} rows for {len(PUSHED) + len(PRODUCED)} documents"
 
 

@@ -19,6 +19,9 @@ _PARTS = {
     "out of the inbox, and receipts.",
     "pusher": "`embedmill push`: it reads a source and admits by itself.",
     "worker": "It leases a task, embeds its shard, and commits it. One more worker runs beside the one that is hit.",
+    "batch worker": "Its jobs go through a batch endpoint, which is a folder here. Every text must be in one batch and no "
+    "other. Of the first one that a process fetches, a text is sent in an ordinary request, too. One more such worker "
+    "comes when the first one is hit.",
     "loader": "It has loaded two shards, and is hit at the third, which has new documents, an update and two deletions. "
     "While it is down or stands still, a shard is committed that overrules some of them; and while it stands still, a "
     "second loader must be refused.",
@@ -54,14 +57,14 @@ def page(results: Results, *, seconds: float, at_once: int, server: str) -> str:
         "started again at once. Where a step stood still for longer than that, the others had not waited for it.",
         "",
         "- *restarted*: the process ended with the error, and a clean one was started. Without it, it went on by itself.",
-        f"- *N again*: so many of the {len(PUSHED) + len(PRODUCED)} passages were sent to the embedder a second time. A",
-        "  worker holds up to two shards, and what it has received since its last checkpoint dies with it.",
+        f"- *N again*: so many of the {len(PUSHED) + len(PRODUCED)} passages were sent to the embedder a second time,",
+        "  batches aside. A worker holds up to two shards, and what it has received since its last checkpoint dies with it.",
         "",
         f"Redis is {server} on a socket of this machine, the same one for all cases. It is not killed here, and processes",
         "are not stopped as a whole: [chaos.md](chaos.md) has both. The embedder is `null/3`, whose vectors follow from the",
         "text. The machine goes on: loss of power is not tested.",
         "",
-        f"Each case of the producer, the scheduler, the pusher and the worker has {len(PUSHED)} documents from a source and",
+        f"Each case of all parts but the loader has {len(PUSHED)} documents from a source and",
         f"{len(PRODUCED)} through the inbox. At rest nothing may be owed or waiting, every document must be stored once and",
         "none be a dead letter, every vector must be that of its text, checksums and markers must agree, and no checkpoint",
         "may be left. The loader's cases load into Milvus Lite, a database for each. At rest it must hold the newest",

@@ -31,8 +31,11 @@ from scheduler.inbox import InboxAdmission
 from scheduler.intake import Intake
 from scheduler.queue import Queue
 from scheduler.service import run_scheduler
+from worker import batch_lane, batch_matching
 from worker.embedders.null import NullEmbedder
 from worker.service import Worker
+
+from .batch_provider import BatchedEmbedder
 
 LEASE_S = 1.0
 STALL_S = 2.5
@@ -66,6 +69,11 @@ class Place:
     def sent(self) -> Path:
         """A line for each passage that was sent to the embedder."""
         return self.folder / "sent.log"
+
+    @property
+    def batches(self) -> Path:
+        """The batches that were submitted."""
+        return self.folder / "batches"
 
     @property
     def fault(self) -> Path:
@@ -127,7 +135,18 @@ class _Source:
 
 
 async def _worker(place: Place, connection: Connection) -> None:
-    worker = Worker(_queue(place, connection), CountingEmbedder(place), budget=Unlimited(), grace_s=1)
+    await _work(place, connection, CountingEmbedder(place))
+
+
+async def _batch_worker(place: Place, connection: Connection) -> None:
+    # Moments in place of the minutes after which a request that nobody heard of was not executed.
+    batch_lane._SENT_WITHIN_S, batch_matching.SETTLED_S = 0.8, 1.5
+    batch_lane._FIRST_LOOK_S = batch_lane.LOOK_AGAIN_S = batch_matching.LOOK_AGAIN_S = 0.1
+    await _work(place, connection, BatchedEmbedder(DIMENSIONS, place.batches, place.sent))
+
+
+async def _work(place: Place, connection: Connection, embedder: NullEmbedder) -> None:
+    worker = Worker(_queue(place, connection), embedder, budget=Unlimited(), grace_s=1)
     async with anyio.create_task_group() as group:
         group.start_soon(_on_terminate, worker.stop)
         await worker.run()
@@ -190,6 +209,7 @@ async def _reader(place: Place, _: Connection) -> None:
 
 PARTS = {
     "worker": _worker,
+    "batch worker": _batch_worker,
     "scheduler": _scheduler,
     "pusher": _pusher,
     "producer": _producer,

@@ -77,6 +77,11 @@ POINTS = [
         "it knows so",
         told_to_end=True,
     ),
+    Point("batch worker", "batch.after_intent", "an intent is noted", "its batch is sent"),
+    Point("batch worker", "batch.after_submit", "its batch is sent", "the batch's id is noted"),
+    Point("batch worker", "batch.after_accept", "the batch's id is noted", "it is waited for"),
+    Point("batch worker", "batch.after_results", "its vectors are in a checkpoint", "its bill and its end are noted"),
+    Point("batch worker", "batch.after_end", "its bill and its end are noted", "the shard is committed"),
     # `at` counts what the shards before the fault take, see loading.BASE: two of all, five batches, one flush for both.
     Point("loader", "loader.before_intent", "the shard is read", "its intent is noted", at=3),
     Point("loader", "loader.after_intent", "its intent is noted", "its rows are sent", at=3),

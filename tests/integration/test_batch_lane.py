@@ -2,153 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import anyio
 import numpy as np
 import pytest
 
-from embedmill.connection import FAKE_URL, Connection
-from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import EMBEDDED
-from embedmill.dataset.submissions import Submissions
-from embedmill.errors import BatchHeld, EmbedmillError
-from embedmill.rehearsal import ProviderSimulator, Rehearsal, serve_rehearsal
+from embedmill.rehearsal import refusals
+from embedmill.rehearsal.accounts import Account
+from embedmill.rehearsal.batch import BatchDesk
+from embedmill.token_bounds import most_tokens
 from scheduler.budget import Unlimited
-from scheduler.queue import Queue
-from scheduler.reconcile import reconcile
-from tests.datasets import admit_texts, small_dataset
-from tests.invariants import check_dataset
-from worker import batch_lane, batch_matching
-from worker.embedders.jina import JinaEmbedder
+from tests.batch_bench import KEY, bench, texts_of, tokens_of_one
+from worker import batch_lane
 from worker.embedders.jina_batches import JinaBatches
-from worker.service import Worker
-
-MODEL = "jina/jina-embeddings-v5-text-nano"
-KEY = "jina_test"
-
-
-class Bench:
-    """A dataset whose job goes by batches, a queue that forgets everything at the end, and a simulator."""
-
-    def __init__(self, folder: Path, simulator: ProviderSimulator, api_base: str, *, shard_rows: int) -> None:
-        self.simulator = simulator
-        self.api_base = api_base
-        self.dataset = small_dataset(folder, embedder=self.embedder().spec, shard_rows=shard_rows)
-        self.submissions = Submissions(self.dataset)
-        self.set_mode("batch")
-
-    def embedder(self, key: str = KEY) -> JinaEmbedder:
-        return JinaEmbedder(MODEL, key=key, api_base=self.api_base, dimensions=8)
-
-    def set_mode(self, mode: Any) -> None:
-        self.dataset.change_job("main", lambda job: replace(job, mode=mode))
-
-    def admit(self, *contents: list[str]) -> None:
-        for shard, texts in enumerate(contents, start=len(self.dataset.admitted())):
-            admit_texts(self.dataset, shard, texts)
-
-    async def work(
-        self,
-        *,
-        key: str = KEY,
-        until: Any = None,
-        within_s: float = 50,
-        patient: bool = True,
-        namespace: str = "n",
-        budget: Unlimited | None = None,
-    ) -> Worker:
-        """A new worker on an empty Redis, until nothing is owed, until `until`, or until it gives up."""
-        connection, embedder = Connection(FAKE_URL), self.embedder(key)
-        dataset = Dataset.open(self.dataset.url)
-        queue = Queue(connection, namespace=namespace)
-        worker = Worker(queue, embedder, budget=budget or Unlimited(), grace_s=1, patient=patient)
-
-        async def watch() -> None:
-            while not (until() if until else not dataset.owed()):  # noqa: ASYNC110
-                await anyio.sleep(0.01)
-            worker.stop()
-
-        error: EmbedmillError | None = None
-        try:
-            await reconcile(dataset, queue)
-            with anyio.fail_after(within_s):
-                async with anyio.create_task_group() as group:
-                    group.start_soon(watch)
-                    try:
-                        await worker.run()
-                    except EmbedmillError as raised:
-                        error = raised
-                    group.cancel_scope.cancel()
-        finally:
-            await embedder.aclose()
-            await queue.clear()
-            await connection.aclose()
-        if error is not None:
-            raise error
-        return worker
-
-    def is_paused(self) -> bool:
-        job = self.dataset.job("main")
-        return job is not None and job.state == "paused"
-
-    def go_on(self) -> None:
-        self.dataset.change_job("main", lambda job: replace(job, state="running", reason="", stopped_by=""))
-
-    def rehearse(self, **behaviour: float) -> None:
-        """From now on the simulator behaves so."""
-        for name, value in behaviour.items():
-            object.__setattr__(self.simulator._rehearsal, name, value)
-
-    def check(self) -> None:
-        dataset = Dataset.open(self.dataset.url)
-        dataset.publish_shape()
-        check_dataset(dataset.url)
-
-    @property
-    def states(self) -> dict[str, int]:
-        return dict(self.simulator.stats()["batches"])  # type: ignore[call-overload]
-
-    @property
-    def billed_again(self) -> int:
-        again = self.simulator.stats()["tokens_billed_again"]
-        assert isinstance(again, int)
-        return again
-
-    def spent(self) -> list[dict[str, Any]]:
-        """Lines of the spend logs that are about batches."""
-        logs = sorted((Path(self.dataset.url) / "spend").glob("batch-*.log"))
-        return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-
-
-@asynccontextmanager
-async def bench(folder: Path, *, shard_rows: int = 40, **behaviour: Any) -> AsyncIterator[Bench]:
-    async with serve_rehearsal(Rehearsal(**{"batch_s": 0, **behaviour})) as (api_base, simulator):
-        yield Bench(folder / "dataset", simulator, api_base, shard_rows=shard_rows)
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Looks follow each other at once."""
-    monkeypatch.setattr(batch_lane, "_FIRST_LOOK_S", 0.05)
-    monkeypatch.setattr(batch_lane, "LOOK_AGAIN_S", 0.05)
-    monkeypatch.setattr(batch_matching, "LOOK_AGAIN_S", 0.05)
-    monkeypatch.setattr(batch_matching, "SETTLED_S", 0.3)
-    return
-
-
-def texts_of(shard: int, rows: int = 40) -> list[str]:
-    return [f"text {row} of shard {shard}" for row in range(rows)]
-
-
-def tokens_of_one() -> int:
-    """More than one passage counts, less than two."""
-    return 8
 
 
 async def test_every_shard_is_one_batch_and_row_i_is_the_vector_of_passage_i(tmp_path: Path) -> None:
@@ -271,89 +142,6 @@ async def test_a_batch_that_failed_once_is_made_up_for_by_the_next(tmp_path: Pat
         assert on.states["completed"] == 1
 
 
-async def test_an_answer_that_is_lost_is_found_in_the_providers_list_by_its_output(tmp_path: Path) -> None:
-    async with bench(tmp_path, batch_lost_answer=1.0, batch_s=1.2) as on:
-        on.admit(texts_of(0), texts_of(1))
-        await on.work()
-        on.check()
-        assert on.states == {"completed": 2}
-        assert on.billed_again <= tokens_of_one()
-        assert {one.accepted.by for one in on.submissions.of_shards([0, 1]) if one.accepted} == {"match"}
-
-
-async def test_batches_of_others_with_as_many_lines_are_not_mistaken_for_ours(tmp_path: Path) -> None:
-    async with bench(tmp_path, batch_lost_answer=1.0) as on:
-        stranger = JinaBatches(on.embedder().spec, key=KEY, api_base=on.api_base)
-        on.admit(texts_of(0))
-
-        async def meddle(before: bool) -> None:
-            with pytest.raises(EmbedmillError):
-                await stranger.submit({f"{row}": f"a stranger's {row}" for row in range(40)})
-
-        await meddle(True)
-        await on.work(until=lambda: on.simulator.stats()["batches"] == {"completed": 2})
-        await meddle(False)
-        await on.work()
-        await stranger.aclose()
-        on.check()
-        assert on.states == {"completed": 3}
-
-
-async def test_what_certainly_reached_nobody_is_sent_again(tmp_path: Path) -> None:
-    async with bench(tmp_path) as on:
-        on.admit(texts_of(0))
-        on.submissions.intend(
-            0, range(40), number=1, model="jina-embeddings-v5-text-nano", tokens=1, key=JinaBatches(
-                on.embedder().spec, key=KEY, api_base=on.api_base
-            ).key_id, api_base=on.api_base, worker="w", before=[],
-        )  # fmt: skip
-        await on.work()
-        on.check()
-        assert [one.state for one in on.submissions.of_shard(0)] == ["never", "done"]
-        assert on.states == {"completed": 1}
-
-
-async def test_what_nobody_can_tell_is_held_until_a_person_decides_and_never_sent_by_itself(tmp_path: Path) -> None:
-    async with bench(tmp_path, batch_lost_answer=1.0, batch_failed=1.0) as on:
-        on.admit(texts_of(0))
-        await on.work(until=on.is_paused)
-        on.rehearse(batch_lost_answer=0.0, batch_failed=0.0)
-        [held] = on.submissions.of_shard(0)
-        assert held.state == "held"
-        assert held.held is not None
-        [batch_id] = held.held.candidates
-        job = on.dataset.job("main")
-        assert job is not None
-        assert batch_id in job.reason
-        assert "embedmill batches adopt 00000000-0001" in job.reason
-        on.go_on()
-        with pytest.raises(BatchHeld, match="is held"):
-            await on.work(patient=False)
-        assert on.states == {"failed": 1}
-        on.submissions.end(held.intent, "discarded")
-        on.go_on()
-        await on.work()
-        on.check()
-        assert on.states == {"failed": 1, "completed": 1}
-
-
-async def test_a_list_that_does_not_reach_back_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with bench(tmp_path) as on:
-        on.admit(texts_of(0, 3))
-        endpoint = JinaBatches(on.embedder().spec, key=KEY, api_base=on.api_base)
-        on.submissions.intend(
-            0, range(3), number=1, model="jina-embeddings-v5-text-nano", tokens=1, key=endpoint.key_id,
-            api_base=on.api_base, worker="w", before=["batch_old"],
-        )  # fmt: skip
-        for number in range(20):
-            await endpoint.submit({str(number): "a stranger's"})
-        await endpoint.aclose()
-        await on.work(until=on.is_paused)
-        job = on.dataset.job("main")
-        assert job is not None
-        assert "does not reach back" in job.reason
-
-
 async def test_another_key_that_cannot_see_the_batch_says_so_and_sends_nothing(tmp_path: Path) -> None:
     async with bench(tmp_path, batch_s=60) as on:
         on.admit(texts_of(0))
@@ -397,6 +185,93 @@ async def test_an_output_that_breaks_off_is_fetched_again(tmp_path: Path) -> Non
         await on.work(within_s=60)
         on.check()
         assert on.states == {"completed": 2}
+
+
+def without_output(monkeypatch: pytest.MonkeyPatch, *, times: int) -> list[str]:
+    """The first outputs that are asked for are not there; the batches that were asked for."""
+    asked: list[str] = []
+    output = BatchDesk.output
+
+    def missing(desk: BatchDesk, batch_id: str, account: Account, *, now: float) -> Iterator[bytes]:
+        asked.append(batch_id)
+        if len(asked) <= times:
+            raise refusals.not_found("batch output", batch_id)
+        return output(desk, batch_id, account, now=now)
+
+    monkeypatch.setattr(BatchDesk, "output", missing)
+    return asked
+
+
+async def test_an_output_that_stays_away_is_asked_for_some_times_and_then_a_person_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = without_output(monkeypatch, times=1000)
+    async with bench(tmp_path) as on:
+        on.admit(texts_of(0))
+        await on.work(until=on.is_paused, within_s=20)
+        job = on.dataset.job("main")
+        assert job is not None
+        assert "is completed, and the provider does not have its output" in job.reason
+        assert "embedmill batches discard 00000000-0001" in job.reason
+        assert len(asked) == 4
+        assert on.states == {"completed": 1}
+
+
+async def test_an_output_that_comes_late_is_compared_and_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Were the output there for the second question of a delivery, nothing would have been compared.
+    asked = without_output(monkeypatch, times=1)
+    async with bench(tmp_path) as on:
+        on.admit(texts_of(0))
+        await on.work()
+        on.check()
+        assert len(asked) == 3
+        assert 0 < on.billed_again <= tokens_of_one()
+
+
+async def test_a_batch_of_which_every_line_failed_needs_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_output(monkeypatch, times=1000)
+    async with bench(tmp_path, reject_marker="text") as on:
+        on.admit(texts_of(0, 3))
+        await on.work()
+        marker = on.dataset.marker(0)
+        assert marker is not None
+        assert {failure.code for failure in marker.failures} == {"input_rejected"}
+        assert len(marker.failures) == 3
+
+
+async def test_what_a_batch_can_cost_is_counted_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = list[threading.Thread]()
+
+    def noted(texts: Sequence[str], *, max_input_tokens: int = 0) -> int:
+        threads.append(threading.current_thread())
+        return most_tokens(texts, max_input_tokens=max_input_tokens)
+
+    for module in ("scheduler.caps", "worker.batch_caps"):
+        monkeypatch.setattr(f"{module}.most_tokens", noted)
+    async with bench(tmp_path) as on:
+        on.admit(texts_of(0, 3))
+        on.dataset.change_job("main", lambda job: replace(job, caps={"max_tokens": 10**6}))
+        await on.work()
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+async def test_a_cap_that_one_batch_fills_has_room_again_once_its_bill_is_known(tmp_path: Path) -> None:
+    """The text that is compared needs that room, before the batch has ended."""
+    async with bench(tmp_path) as on:
+        on.admit(texts_of(0, 20))
+        bound = most_tokens(texts_of(0, 20), max_input_tokens=on.dataset.info.embedder.max_input_tokens)
+        on.dataset.change_job("main", lambda job: replace(job, caps={"max_tokens": bound}))
+        await on.work()
+        on.check()
+        assert on.simulator.stats()["tokens_billed"] <= bound
+        assert on.states == {"completed": 1}
 
 
 async def test_refusals_for_the_rate_and_overloads_leave_no_intent_behind(tmp_path: Path) -> None:
@@ -470,10 +345,7 @@ async def test_with_a_refused_key_and_a_good_one_the_good_one_sends(tmp_path: Pa
         assert on.states == {"completed": 1}
 
 
-async def test_an_adopted_batch_about_other_passages_is_never_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.service._FIRST_RETRY_S", 0.05)
+async def test_an_adopted_batch_about_other_passages_is_never_stored(tmp_path: Path) -> None:
     async with bench(tmp_path, batch_lost_answer=1.0, batch_failed=1.0) as on:
         on.admit(texts_of(0))
         await on.work(until=on.is_paused)
@@ -493,9 +365,8 @@ async def test_an_adopted_batch_about_other_passages_is_never_stored(
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_through_lost_answers_overloads_and_torn_outputs_every_batch_is_paid_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    tmp_path: Path, seed: int
 ) -> None:
-    monkeypatch.setattr("worker.service._FIRST_RETRY_S", 0.05)
     trouble = {"error_500": 0.1, "error_503": 0.1, "drop_before": 0.1, "drop_after": 0.1, "request_429": 0.05}
     async with bench(tmp_path, batch_s=0.2, batch_lost_answer=0.3, truncated_body=0.1, seed=seed, **trouble) as on:
         on.admit(*(texts_of(shard) for shard in range(4)))

@@ -28,7 +28,7 @@ from worker.service import Worker
 
 pytestmark = pytest.mark.server
 MODEL = "jina/jina-embeddings-v3"
-_HOLD_S = 1.0
+_HOLD_S = 2.0
 
 
 @pytest.fixture

@@ -217,7 +217,8 @@ async def test_five_megabytes_of_text_and_a_lone_surrogate_are_sent_without_a_wa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model_name": "elser-v2"}, "sparse vectors.*take jina/jina-embeddings-v3"),
+        ({"model_name": "jina-colbert-v2"}, "a vector per token.*take jina/jina-embeddings-v3"),
+        ({"model_name": "elser-v2", "dimensions": 256}, "no size to choose"),
         ({"dimension": 3}, "no option dimension"),
         ({"redis": "redis://127.0.0.1:1/0"}, "say tier="),
         ({"tier": "gold"}, "free, paid, premium"),

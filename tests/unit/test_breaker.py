@@ -23,10 +23,14 @@ class Fleet:
     async def ask(self, op):
         return tuple(await self.connection.script("scheduler/breaker_pass", [KEY], [op, 20_000, 60_000]))
 
-    async def tell(self, *outcomes, op="", before=0):
+    async def tell(self, *outcomes, op="", before=0, by="a"):
         for outcome in outcomes:
-            told = await self.connection.script("scheduler/breaker_note", [KEY], [op, outcome, before, 5_000, 60_000])
+            arguments = [op, outcome, before, 5_000, 60_000, by]
+            told = await self.connection.script("scheduler/breaker_note", [KEY], arguments)
         return tuple(told)
+
+    async def tellers(self):
+        return {field[3:] for field in await self.connection.command("HKEYS", KEY) if field.startswith("by:")}
 
 
 @pytest.fixture
@@ -52,6 +56,36 @@ async def stays_closed_while_fewer_fail(fleet):
     # What went well untold stands before each failure.
     for _ in range(40):
         assert await fleet.tell("failed", before=3) == (CLOSED, 0)
+
+
+async def one_that_fails_alone_stops_nobody(fleet):
+    await fleet.tell("good", by="well")
+    assert await fleet.tell(*["failed"] * 30, by="unlucky") == (CLOSED, 0)
+    assert await fleet.tell("failed", by="well") == (OPEN, 5_000), "now it is the provider"
+
+
+async def opens_when_more_processes_fail_than_go_well(fleet):
+    for name in "cd":
+        await fleet.tell("good", by=name)
+    for name in "ab":
+        assert await fleet.tell(*["failed"] * 30, by=name) == (CLOSED, 0), "as many fail as go well"
+    assert await fleet.tell("failed", by="c") == (OPEN, 5_000)
+
+
+async def who_was_well_long_ago_has_no_say(fleet, clock):
+    await fleet.tell("good", by="idle")
+    clock.now_s += 6
+    assert await fleet.tell(*["failed"] * 10, by="a") == (CLOSED, 0)
+    assert await fleet.tellers() == {"idle", "a"}
+    clock.now_s += 2
+    assert await fleet.tell("failed", by="a") == (OPEN, 5_000)
+    assert await fleet.tellers() == {"a"}
+
+
+async def a_clock_that_is_set_back_lets_the_well_have_no_say_for_ever(fleet, clock):
+    await fleet.tell("good", by="idle")
+    clock.now_s -= 86_400
+    assert await fleet.tell(*["failed"] * 5, by="a") == (OPEN, 5_000)
 
 
 async def one_probe_decides_for_all(fleet, clock):
@@ -111,6 +145,10 @@ SCENARIOS = [
     opens_at_once_when_five_in_a_row_fail,
     opens_when_half_of_the_last_twenty_fail,
     stays_closed_while_fewer_fail,
+    one_that_fails_alone_stops_nobody,
+    opens_when_more_processes_fail_than_go_well,
+    who_was_well_long_ago_has_no_say,
+    a_clock_that_is_set_back_lets_the_well_have_no_say_for_ever,
     one_probe_decides_for_all,
     probes_that_fail_double_the_time_up_to_a_minute,
     a_probe_of_the_dead_is_given_to_another,
@@ -121,6 +159,13 @@ MUTANTS = [
     ("breaker_note", "IN_A_ROW, KEPT_MS = 20, 10, 5,", "IN_A_ROW, KEPT_MS = 20, 10, 6,"),
     ("breaker_note", "failed >= SHARE", "failed > SHARE"),
     ("breaker_note", "string.rep('0', math.min(before, LAST))", "''"),
+    ("breaker_note", "return failing > well", "return true"),
+    ("breaker_note", "return failing > well", "return failing >= well"),
+    ("breaker_note", "return failing > well", "return well == 0"),
+    ("breaker_note", "math.abs(now - at)", "now - at"),
+    ("breaker_note", "LATELY_MS = 7500", "LATELY_MS = 15000"),
+    ("breaker_note", "LATELY_MS = 7500", "LATELY_MS = 5000"),
+    ("breaker_note", "redis.call('HDEL', KEYS[1], fields[i])", "local _ = 0"),
     ("breaker_note", "op == '' or op ~= probe", "op == ''"),
     ("breaker_note", "redis.call('DEL', KEYS[1])", "redis.call('HDEL', KEYS[1], 'probe')"),
     ("breaker_note", "2 * tonumber(open_ms)", "tonumber(open_ms)"),
@@ -179,16 +224,52 @@ def calls(monkeypatch):
     return names
 
 
-async def test_while_all_is_well_redis_is_asked_once_in_a_while_and_told_nothing(connection, calls):
+async def test_while_all_is_well_redis_is_asked_and_told_once_in_a_while(connection, calls, monkeypatch):
+    now_s = anyio.current_time()
+    monkeypatch.setattr("scheduler.breaker.anyio.current_time", lambda: now_s)
     breaker = Breaker(connection, namespace="t", key_id="k", api_base="http://x/v1")
     for _ in range(1000):
         assert await breaker.admit() == ""
         await breaker.note("", "good")
-    assert calls == ["pass"]
+    assert calls == ["pass", "note"]
+    for _ in range(600):
+        now_s += 0.1
+        assert await breaker.admit() == ""
+        await breaker.note("", "good")
+    assert 12 <= len(calls) <= 2 + 2 * 12
+    calls.clear()
     await breaker.note("", "failed")
     for _ in range(100):
         await breaker.note("", "good")
-    assert calls == ["pass", "note", "note"], "a failure, and the first that went well after it"
+    assert calls == ["note", "note"], "a failure, and the first that went well after it"
+
+
+async def test_five_failures_of_one_process_amid_the_successes_of_another_stop_neither(connection):
+    well, unlucky = (Breaker(connection, namespace="t", key_id="k", api_base="http://x/v1") for _ in range(2))
+    for breaker, health, times in ((well, "good", 250), (unlucky, "failed", 5), (well, "good", 250)):
+        for _ in range(times):
+            assert await breaker.admit() == ""
+            await breaker.note("", health)
+    assert not well.is_open
+    assert not unlucky.is_open
+
+
+async def test_who_sent_a_single_request_keeps_nothing_closed(connection):
+    tried, fails = (Breaker(connection, namespace="t", key_id="k", api_base="http://x/v1") for _ in range(2))
+    await tried.note("", "good")
+    for _ in range(5):
+        await fails.note("", "failed")
+    assert fails.is_open
+
+
+async def test_when_all_processes_fail_those_that_were_well_a_moment_ago_keep_nothing_open(connection):
+    fleet = [Breaker(connection, namespace="t", key_id="k", api_base="http://x/v1") for _ in range(3)]
+    for breaker in (*fleet, *fleet):
+        await breaker.note("", "good")
+    for _ in range(5):
+        for breaker in fleet:
+            await breaker.note("", "failed", said="503")
+    assert all(breaker.is_open for breaker in fleet)
 
 
 async def test_another_process_learns_of_an_open_breaker_and_waits_for_the_probe(connection, caplog):

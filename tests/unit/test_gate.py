@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worker.gate import inspect
+from embedmill.embedder import EmbedderSpec
+from worker.gate import inspect, may_share_vector
 
 TEXTS = ["one", "two", "three", "four"]
 
@@ -74,6 +75,40 @@ def test_a_value_that_half_precision_cannot_hold_is_bad_for_a_half_precision_dat
 def test_equal_texts_may_have_equal_vectors() -> None:
     assert inspect(np.ones((4, 3), np.float32), ["same"] * 4, dimensions=3).passed
     assert not inspect(np.ones((2, 3), np.float32), ["one", "two"], dimensions=3).passed
+
+
+def spec(model: str = "jina/m", *, max_input_tokens: int = 100, truncate: bool = True) -> EmbedderSpec:
+    return EmbedderSpec(model, 3, max_input_tokens=max_input_tokens, options={"truncate": truncate})
+
+
+@pytest.mark.parametrize("texts", [["one", "two"], ["a" * 200 + "b", "short"], ["1", "2"], ["a b", "a c"], ["?", "!"]])
+def test_an_api_has_no_one_vector_for_texts_that_it_can_tell_apart(texts: list[str]) -> None:
+    assert not may_share_vector(texts, spec())
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pytest.param(["a" * 200 + "b", "a" * 200 + "c"], id="cut"),
+        pytest.param(["\N{GRINNING FACE}" * 30 + "b", "\N{GRINNING FACE}" * 30 + "c"], id="four tokens to a character"),
+        pytest.param(["A Caf\N{LATIN SMALL LETTER E WITH ACUTE}", "a cafe"], id="case and accents"),
+        pytest.param(["one  two", "one\ntwo", "one\u200btwo "], id="blanks"),
+        pytest.param(["\N{LATIN SMALL LIGATURE FI}x", "fix"], id="compatibility form"),
+    ],
+)
+def test_an_api_may_have_one_vector_for_texts_that_are_one_to_it(texts: list[str]) -> None:
+    assert may_share_vector(texts, spec())
+
+
+def test_what_is_not_cut_is_told_apart_however_long() -> None:
+    texts = ["a" * 200 + "b", "a" * 200 + "c"]
+    assert not may_share_vector(texts, spec(truncate=False))
+    assert not may_share_vector(texts, spec(max_input_tokens=0))
+
+
+@pytest.mark.parametrize("model", ["local/minilm", "null/3"])
+def test_a_local_model_is_believed_whatever_the_texts(model: str) -> None:
+    assert may_share_vector(["one", "two"], spec(model))
 
 
 @given(st.lists(st.sampled_from(["good", "nan", "inf", "zero"]), min_size=1, max_size=12))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,72 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.index import DatasetIndex
-from embedmill.documents import Cursor, Reject, SourceDocument
-from embedmill.embedder import EmbedderSpec
-from scheduler.admission import Admitter
-from scheduler.readings import Batch
-from tests.datasets import document, small_dataset
-from worker.windows import documents_of
-
-LATE = EmbedderSpec("null/3", 3, revision="1", options={"late_chunking": True})
-_indexes: list[DatasetIndex] = []
+from embedmill.documents import Cursor
+from tests.datasets import document
+from tests.late_documents import (
+    admitter_on,
+    carried,
+    check_contexts,
+    close_indexes,
+    late_dataset,
+    push,
+    shards,
+    split,
+)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    return small_dataset(tmp_path / "d", embedder=LATE, shard_rows=6, chunk_rows=3)
+    return late_dataset(tmp_path / "d")
 
 
 @pytest.fixture(autouse=True)
 def _closing() -> Iterator[None]:
     yield
-    while _indexes:
-        _indexes.pop().close()
-
-
-def admitter_on(dataset: Dataset) -> Admitter:
-    opened = Dataset.open(dataset.url)
-    _indexes.append(opened.open_index())
-    return Admitter(opened, _indexes[-1], job="main")
-
-
-def split(name: str, *texts: str, record: int, metadata: str = "{}") -> list[SourceDocument]:
-    """A document as a chunking source gives it: cursors inside of record `record`, the last one behind it."""
-    last = len(texts) - 1
-    return [
-        SourceDocument(
-            f"{name}#{part}",
-            text,
-            metadata,
-            Cursor(record=record) if part == last else Cursor(record=record - 1, part=part + 1),
-            f"source:{record}",
-            group=name,
-            last=part == last,
-        )
-        for part, text in enumerate(texts)
-    ]
-
-
-def push(dataset: Dataset, key: str, *records: SourceDocument) -> tuple[Admitter, list[Reject]]:
-    admitter = admitter_on(dataset)
-    rejects: list[Reject] = []
-    # One record a block: a document is gathered over the blocks of its reading.
-    for record in records:
-        rejects += admitter.admit(key, key, [record]).rejects
-    admitter.close_shard()
-    return admitter, rejects
-
-
-def shards(dataset: Dataset) -> list[list[tuple[str, int, bool]]]:
-    return [
-        [(row["id"], row["version"], row["deleted"]) for row in dataset.documents(shard)[0].to_pylist()]
-        for shard in dataset.admitted()
-    ]
-
-
-def carried(dataset: Dataset) -> list[dict[int, tuple[int, int]]]:
-    return [dict(dataset.documents(shard)[1].carried) for shard in dataset.admitted()]
+    close_indexes()
 
 
 def test_a_document_never_crosses_a_shard(dataset: Dataset) -> None:
@@ -178,88 +135,11 @@ def test_a_race_that_is_lost_while_room_is_made_takes_the_document_once(dataset:
     assert shards(dataset)[-1][0][0] == "a#0"
 
 
-def batch(key: str, *records: SourceDocument) -> Batch:
-    numbered = [
-        SourceDocument(r.id, r.text, r.metadata, Cursor(record=n, line=n), r.place, group=r.group, last=r.last)
-        for n, r in enumerate(records, start=1)
-    ]
-    return Batch(key, numbered)
-
-
-def keys(closed: Sequence[object]) -> list[str]:
-    return [one.key for part in closed for one in part.batches]  # type: ignore[attr-defined]
-
-
-def test_a_document_over_two_messages_keeps_the_first_one_waiting(dataset: Dataset) -> None:
-    passages = split("a", *"123", record=1)
-    admitter = admitter_on(dataset)
-    first = admitter.admit_batches([batch("m1", document("x", "0", record=1), *passages[:2])])
-    assert keys(first) == []
-    assert keys([admitter.close_batches()]) == []
-    second = admitter.admit_batches([batch("m2", passages[2])])
-    assert keys([*second, admitter.close_batches()]) == ["m1", "m2"]
-    assert [[id_ for id_, _, _ in rows] for rows in shards(dataset)] == [["x"], ["a#0", "a#1", "a#2"]]
-
-
-def test_a_message_that_waited_is_read_again_by_the_next_admitter(dataset: Dataset) -> None:
-    passages = split("a", *"123", record=1)
-    messages = [batch("m1", document("x", "0", record=1), *passages[:2]), batch("m2", passages[2])]
-    before = admitter_on(dataset)
-    before.admit_batches(messages[:1])
-    before.close_batches()
-    admitter = admitter_on(dataset)
-    done = admitter.admit_batches(messages)
-    assert keys([*done, admitter.close_batches()]) == ["m1", "m2"]
-    assert [[id_ for id_, _, _ in rows] for rows in shards(dataset)] == [["x"], ["a#0", "a#1", "a#2"]]
-
-
-def test_passages_that_do_not_follow_each_other_are_refused_with_their_message(dataset: Dataset) -> None:
-    passages = split("a", *"123", record=1)
-    torn = [batch("m1", *passages[:2]), batch("m2", document("x", "0", record=1)), batch("m3", passages[2])]
-    admitter = admitter_on(dataset)
-    done = admitter.admit_batches(torn)
-    assert keys([*done, admitter.close_batches()]) == ["m1", "m2", "m3"]
-    assert [reject.id for reject in torn[0].rejects] == ["a#0", "a#1"]
-    assert [reject.id for reject in torn[2].rejects] == ["a#2"]
-    assert [[id_ for id_, _, _ in rows] for rows in shards(dataset)] == [["x"]]
-
-
-def contexts(dataset: Dataset) -> dict[tuple[int, int], tuple[str, ...]]:
-    """By (shard, row), the texts that its vector knows: a worker's, or those of the row that it is carried over from."""
-    found: dict[tuple[int, int], tuple[str, ...]] = {}
-    for shard in dataset.admitted():
-        table, origin = dataset.documents(shard)
-        rows = table.to_pylist()
-        columns = ([row[name] for row in rows] for name in ("id", "group", "deleted"))
-        for places in documents_of(*columns):
-            texts = tuple(rows[place]["text"] for place in places)
-            known = {row: found[origin.carried[row]] for row in places if row in origin.carried}
-            assert len(known) in (0, len(places)), "a document is carried over in part"
-            found.update({(shard, row): known.get(row, texts) for row in places})
-    return found
-
-
-def check_contexts(dataset: Dataset, documents: Mapping[str, tuple[str, ...]]) -> None:
-    """Every passage of the newest documents knows exactly the passages of its document, in their order."""
-    newest: dict[str, tuple[int, tuple[int, int], bool, str]] = {}
-    for shard in dataset.admitted():
-        for number, row in enumerate(dataset.documents(shard)[0].to_pylist()):
-            newest[row["id"]] = max(
-                newest.get(row["id"], (0, (-1, -1), True, "")),
-                (row["version"], (shard, number), row["deleted"], row["text"]),
-            )
-    known = contexts(dataset)
-    alive = {id_: (place, text) for id_, (_, place, deleted, text) in newest.items() if not deleted}
-    expected = {f"{name}#{n}": (texts, text) for name, texts in documents.items() for n, text in enumerate(texts)}
-    assert {id_: text for id_, (_, text) in alive.items()} == {id_: text for id_, (_, text) in expected.items()}
-    assert {id_: known[place] for id_, (place, _) in alive.items()} == {id_: t for id_, (t, _) in expected.items()}
-
-
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_whatever_is_pushed_lost_and_read_again_every_passage_knows_its_whole_document(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        dataset = small_dataset(Path(folder) / "d", embedder=LATE, shard_rows=6, chunk_rows=3)
+        dataset = late_dataset(Path(folder) / "d")
         current: dict[str, tuple[str, ...]] = {}
         for number in range(data.draw(st.integers(1, 5))):
             names = data.draw(st.lists(st.sampled_from("abc"), unique=True, min_size=1))
@@ -284,5 +164,4 @@ def test_whatever_is_pushed_lost_and_read_again_every_passage_knows_its_whole_do
             admitter.close_shard()
             current |= said
             check_contexts(dataset, current)
-        while _indexes:
-            _indexes.pop().close()
+        close_indexes()

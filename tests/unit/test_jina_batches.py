@@ -25,7 +25,7 @@ from embedmill.errors import (
     RateLimited,
     RequestTooLarge,
 )
-from worker.batch_endpoint import BatchLine, EmbedsInBatches
+from worker.batch_endpoint import BatchLine, EmbedsInBatches, OutputMissing
 from worker.embedders.jina import JinaEmbedder
 from worker.embedders.jina_batches import JinaBatches
 
@@ -115,6 +115,11 @@ async def test_what_is_submitted_is_what_the_description_declares(
         (429, RateLimited),
         (503, Overloaded),
         # A batch may have come of these.
+        (201, OutcomeUnknown),
+        (202, OutcomeUnknown),
+        (204, OutcomeUnknown),
+        (307, OutcomeUnknown),
+        (408, OutcomeUnknown),
         (500, OutcomeUnknown),
         (502, OutcomeUnknown),
         (504, OutcomeUnknown),
@@ -126,6 +131,12 @@ async def test_only_a_refusal_that_comes_instead_of_beginning_says_that_there_is
     async with endpoint({"detail": "no"}, status=status) as (batches, _):
         with pytest.raises(error):
             await batches.submit({"a-0": "one"})
+
+
+@pytest.mark.parametrize("status", [201, 202])
+async def test_a_batch_that_is_said_to_be_created_or_accepted_is_one(status: int) -> None:
+    async with endpoint(STATUS, status=status) as (batches, _):
+        assert (await batches.submit({"a-0": "one"})).batch_id == "batch_abc123"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +175,9 @@ async def test_an_id_that_would_lead_elsewhere_is_never_asked_for() -> None:
     assert asked == []
 
 
-async def test_a_batch_that_the_key_does_not_know_is_none() -> None:
-    async with endpoint({"detail": "not found"}, status=404) as (batches, asked):
+@pytest.mark.parametrize("status", [404, 410])
+async def test_a_batch_that_the_key_does_not_know_is_none(status: int) -> None:
+    async with endpoint({"detail": "not found"}, status=status) as (batches, asked):
         assert await batches.status("batch_1") is None
         assert await batches.cancel("batch_1") is None
     assert [(method, path) for method, path, _ in asked] == [
@@ -244,7 +256,7 @@ async def test_a_line_without_an_end_is_not_collected_for_ever() -> None:
 
 async def test_an_output_that_is_gone_may_be_there_later_and_a_bad_key_is_said() -> None:
     async with endpoint({"detail": "gone"}, status=404) as (batches, _):
-        with pytest.raises(OutcomeUnknown, match="gone"):
+        with pytest.raises(OutputMissing, match="gone"):
             _ = [each async for each in batches.output("batch_1")]
     async with endpoint({"detail": "bad key"}, status=401) as (batches, _):
         with pytest.raises(InvalidKey):

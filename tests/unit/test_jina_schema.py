@@ -20,6 +20,7 @@ from embedmill.dataset.dataset import Dataset
 from embedmill.errors import ConfigurationError, OutcomeUnknown
 from embedmill.models import MODELS
 from worker.embedders.jina import JinaEmbedder, parse_embedding
+from worker.embedders.jina_sparse import JinaSparseEmbedder
 
 DESCRIPTION = Path(__file__).parents[3] / "shared" / "facts" / "jina_openapi.json"
 needs_description = pytest.mark.skipif(
@@ -70,8 +71,10 @@ RULES = {
     "jina-code-embeddings-0.5b": Rule(CODE, 896),
     "jina-code-embeddings-1.5b": Rule(CODE, 1536),
 }
-# Images, and answers that are no one dense vector a text.
-NOT_OFFERED = {"jina-clip-v1", "jina-clip-v2", "jina-colbert-v1-en", "jina-colbert-v2", "elser-v2"}
+# Its answers are sparse, and its fields fewer.
+SPARSE = "elser-v2"
+# Images, and a vector per token.
+NOT_OFFERED = {"jina-clip-v1", "jina-clip-v2", "jina-colbert-v1-en", "jina-colbert-v2"}
 NOT_SENT = {"return_multivector", "return_tokenized_input"}
 EMBEDDING_TYPES = {"float", "base64", "binary", "ubinary"}
 every_model = pytest.mark.parametrize("model", sorted(RULES))
@@ -138,7 +141,7 @@ def test_every_request_keeps_the_rules_of_its_model_and_every_refusal_is_of_what
 def test_the_rules_are_those_of_the_vendors_description() -> None:
     described = json.loads(DESCRIPTION.read_text(encoding="utf-8"))
     models = schemas_by_model(described)
-    assert models.keys() == RULES.keys() | NOT_OFFERED
+    assert models.keys() == RULES.keys() | NOT_OFFERED | {SPARSE}
     for model, rule in RULES.items():
         properties = models[model]["properties"]
         assert properties.keys() - NOT_SENT == rule.fields, model
@@ -158,6 +161,19 @@ def test_every_request_is_valid_by_the_vendors_description(model: str) -> None:
         assert body.keys() <= schema["properties"].keys()
     assert not is_valid({"model": model}, schema, described)
     assert not is_valid({"model": model, "input": ["a"], "embedding_type": "int8"}, schema, described)
+
+
+@needs_description
+@pytest.mark.parametrize("task", [None, "retrieval", "retrieval.passage", "retrieval.query"])
+def test_every_request_of_the_sparse_model_is_valid_by_the_vendors_description(task: str | None) -> None:
+    described = json.loads(DESCRIPTION.read_text(encoding="utf-8"))
+    schema = schemas_by_model(described)[SPARSE]
+    assert schema["properties"].keys() == {"model", "input", "task", "embedding_type"}
+    assert set(choices(schema["properties"]["task"])) == RETRIEVAL
+    embedder = JinaSparseEmbedder(f"jina/{SPARSE}", key="k", task=task)
+    for body in (embedder.request_body(["one", "two"], role=role) for role in ("document", "query")):
+        assert is_valid(body, schema, described), body
+        assert body.keys() == {"model", "input", "task"}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +197,7 @@ def test_every_request_is_valid_by_the_vendors_description(model: str) -> None:
         ("jina-embeddings-v3", {"embedding_type": "float32"}, "did you mean float?"),
         ("jina-embeddings-v3", {"embedding_type": "int8"}, "binary"),
         ("jina-embeddings-v3", {"embedding_type": "binary", "dimensions": 100}, "the nearest that works is 96"),
-        ("elser-v2", {}, "sparse vectors.*take jina/jina-embeddings-v3"),
+        ("elser-v2", {}, "sparse vectors.*take jina/jina-embeddings-v3, or embed with embedmill.JinaEmbedding"),
         ("jina-colbert-v2", {}, "a vector per token.*take jina/jina-embeddings-v3"),
     ],
 )

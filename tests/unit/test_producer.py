@@ -174,6 +174,48 @@ async def test_batches_that_go_on_with_a_document_do_not_wait_for_its_receipts(c
 
 
 @pytest.mark.parametrize(
+    ("go_on", "messages_pushed"),
+    [
+        (lambda producer, text: producer.add("D#4", text, group="D"), 3),
+        (lambda producer, text: producer.add_batch([{"id": "D#4", "text": text, "group": "D"}], key="k"), 4),
+    ],
+)
+async def test_a_document_that_cannot_be_kept_in_memory_whole_is_refused_where_it_becomes_too_large(
+    connection: Connection, go_on: Callable[[Producer, str], Awaitable[None]], messages_pushed: int
+) -> None:
+    """With late chunking it has no receipt before its last passage: waiting for room would be for ever."""
+    with anyio.fail_after(5):
+        async with producer_on(connection, batch_documents=2, max_pending_bytes=1000) as producer:
+            await producer.add("before", "x" * 100)
+            for number in range(4):
+                await producer.add(f"D#{number}", "x" * 150, group="D", last=False)
+            with pytest.raises(InputRejected, match=r"'D#4' cannot be pushed: .* 'D' .* max_pending_bytes, 1,000"):
+                await go_on(producer, "x" * 150)
+            # What comes next has no room, and is what ends the waiting.
+            await producer.add("E", "x" * 500)
+            async with anyio.create_task_group() as group:
+                group.start_soon(producer.flush)
+                await until(lambda: has(connection, messages_pushed))
+                await confirm(connection)
+
+
+async def test_another_document_waits_for_room_behind_one_that_was_interrupted(connection: Connection) -> None:
+    with anyio.fail_after(5):
+        async with producer_on(connection, batch_documents=1, max_pending_bytes=1000) as producer:
+            for number in range(4):
+                await producer.add(f"D#{number}", "x" * 150, group="D", last=False)
+            await producer.add("E", "x" * 500)
+            async with anyio.create_task_group() as group:
+                group.start_soon(producer.add, "F", "x" * 500)
+                await until(lambda: has(connection, 5))
+                await anyio.wait_all_tasks_blocked()
+                assert await has(connection, 5)
+                await confirm(connection)
+                await until(lambda: has(connection, 1))
+                await confirm(connection)
+
+
+@pytest.mark.parametrize(
     ("added", "refused", "expected"),
     [
         ([], 1, 0),

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import anyio
 import pytest
 
+from embedmill.connection import FAKE_URL, Connection
 from embedmill.dataset.dataset import Dataset, now_iso
 from embedmill.dataset.layout import Job
 from embedmill.dataset.spending import SpendLogs, spent_recently
+from embedmill.dataset.store import LocalStore
+from embedmill.dataset.submissions import Submissions
 from embedmill.dataset.summary import summarize
 from embedmill.errors import CorruptStore, StorageError
 from embedmill.rehearsal import pretend_tokens
 from embedmill.token_bounds import most_tokens
-from scheduler.budget import Grant
-from scheduler.caps import UNCAPPED, Hold
+from scheduler.budget import Grant, Unlimited
+from scheduler.caps import UNCAPPED, Cap, Hold, JobCap
 from tests.datasets import admit_texts, small_dataset
+from worker.embedders.null import NullEmbedder
+from worker.embedding import ShardEmbedding, Tools
+from worker.requesting import Requester, WorkerCounts
 from worker.spend import LoggedCap, SpendLog
 
 
@@ -127,6 +137,108 @@ def test_what_cannot_be_written_goes_with_the_next_line(dataset: Dataset, monkey
         log.add(key="k", tokens=5)
     log.add(key="k", tokens=6)
     assert SpendLogs(dataset).charged("main") == 11
+
+
+def test_half_a_line_does_not_spoil_the_next_one(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, append = SpendLog(dataset, worker="w", job="main"), dataset.store.append
+
+    def full(key: str, data: bytes) -> None:
+        append(key, data[: len(data) // 2])
+        raise StorageError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset.store, "append", full)
+        log.add(key="k", tokens=5)
+        log.add(key="k", tokens=6)
+    log.add(key="k", tokens=7)
+    assert SpendLogs(dataset).charged("main") == 18
+    assert len(dataset.store.read("spend/w.log").splitlines()) == 5
+
+
+async def test_what_one_try_of_a_shard_could_not_write_is_written_by_the_next_whatever_its_job(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit_texts(dataset, 0, ["a"])
+    embedder = NullEmbedder()
+    requester = Requester(embedder, Unlimited(), WorkerCounts())
+    tools = Tools(embedder, requester, "w", anyio.CapacityLimiter(1), anyio.Event())
+
+    async def pay(cap: Cap, tokens: int) -> None:
+        async with cap.reserve(["a"], est_tokens=8) as hold:
+            hold.grant = Grant(8, outcome="used", actual_tokens=tokens)
+
+    def full(*_: object) -> None:
+        raise StorageError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset.store, "append", full)
+        await pay(ShardEmbedding(tools, dataset, 0, deliveries=1).cap, 5)
+    await pay(ShardEmbedding(tools, dataset, 0, deliveries=2).cap, 6)
+    assert SpendLogs(dataset).charged("main") == 11
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset.store, "append", full)
+        await pay(LoggedCap(UNCAPPED, tools.spending.log(dataset, "other"), shard=None), 7)
+    await tools.spending.write()
+    assert SpendLogs(dataset).charged("other") == 7
+
+
+@pytest.fixture
+async def cap(dataset: Dataset) -> AsyncIterator[JobCap]:
+    dataset.change_job("main", lambda job: replace(job, caps={"max_tokens": 10**6}))
+    connection = Connection(FAKE_URL)
+    yield JobCap(connection, namespace="t", dataset=dataset, job="main", alone=False)
+    await connection.aclose()
+
+
+async def test_many_requests_at_once_read_the_record_and_the_logs_once(
+    cap: JobCap, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_log(dataset, "a", line(tokens=5))
+    async with cap.reserve(["a"], est_tokens=8):
+        """It has begun."""
+    reads = Counter[str]()
+    for owner, name in ((Dataset, "job"), (SpendLogs, "charged")):
+        count_calls(monkeypatch, owner, name, reads)
+    now_s = time.monotonic() + 60
+    monkeypatch.setattr("scheduler.caps.time.monotonic", lambda: now_s)
+
+    async def ask() -> None:
+        async with cap.reserve(["a"], est_tokens=8):
+            pass
+
+    async with anyio.create_task_group() as group:
+        for _ in range(30):
+            group.start_soon(ask)
+    assert reads == {"job": 1, "charged": 1}
+
+
+async def test_room_for_batch_after_batch_reads_markers_once_and_each_bill_once(
+    cap: JobCap, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submissions, reads = Submissions(dataset), Counter[str]()
+    count_calls(monkeypatch, Dataset, "committed", reads)
+    count_calls(monkeypatch, LocalStore, "read_from", reads)
+    for number in range(1, 6):
+        admit_texts(dataset, number - 1, ["a"])
+        intent = submissions.intend(
+            number - 1, [0], number=1, model="m", tokens=9, key="k", api_base="", worker="w", before=[], most_tokens=50
+        )
+        room = await cap.room()
+        assert (room.charged, room.batches) == (7 * (number - 1), 50)
+        submissions.spend(intent, f"b{number}", job="main", tokens=7)
+        submissions.end(intent, "done", tokens=7)
+    assert (await cap.room()).charged == 35
+    assert reads == {"committed": 1, "read_from": 5}
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: Counter[str]) -> None:
+    called = getattr(owner, name)
+
+    def counted(*arguments: object, **options: object) -> object:
+        calls[name] += 1
+        return called(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, counted)
 
 
 def test_a_hold_is_charged_what_is_known_and_in_doubt_more_than_the_estimate_and_no_more_than_the_most() -> None:

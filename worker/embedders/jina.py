@@ -80,6 +80,8 @@ class JinaEmbedder:
     Raises ConfigurationError for a model, address or combination that cannot work; nothing is sent before.
     """
 
+    _find_model = staticmethod(find_model)
+
     def __init__(
         self,
         model: str,
@@ -99,12 +101,13 @@ class JinaEmbedder:
         revision: str = "",
         tokenizer: ExactTokens | None = None,
     ) -> None:
-        self._model = find_model(model)
+        self._model = self._find_model(model)
         self._model.check_late_chunking(late_chunking)
         if late_chunking and truncate:
             raise ConfigurationError(
                 "truncate would drop whole passages off the end of a late-chunking request: leave truncate out"
             )
+        self._model.check_truncate(truncate)
         self._late_chunking = late_chunking
         self._truncate = truncate
         self._dimensions = self._model.check_dimensions(dimensions)
@@ -178,14 +181,15 @@ class JinaEmbedder:
         answer = await self._http.post_json("embeddings", request, secret=key)
         if answer.status != 200:
             raise self._learned_from(error_for(answer), sent=len(texts))
-        embedding = parse_embedding(
-            answer.body, rows=len(texts), dimensions=self._dimensions, embedding_type=self._embedding_type
-        )
+        embedding = self._parsed(answer.body, texts)
         self._learn(texts, embedding.billed_tokens)
         if self._tokenizer is not None and self._tokenizer.checks_bills():
             await self._check_tokenizer(self._tokenizer, texts, embedding.billed_tokens)
-        truncated = await self._find_cut(texts, embedding.billed_tokens) if request["truncate"] else ()
+        truncated = await self._find_cut(texts, embedding.billed_tokens) if request.get("truncate") else ()
         return replace(embedding, truncated=truncated) if truncated else embedding
+
+    def _parsed(self, body: bytes, texts: Sequence[str]) -> Embedding:
+        return parse_embedding(body, rows=len(texts), dimensions=self._dimensions, embedding_type=self._embedding_type)
 
     async def _find_cut(self, texts: Sequence[str], billed_tokens: int) -> tuple[int, ...]:
         """Which texts were cut: the API does not say. A tokenizer does, and the bill of a text alone."""

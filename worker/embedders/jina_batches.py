@@ -23,7 +23,7 @@ from embedmill.errors import ConfigurationError, OutcomeUnknown, RequestTooLarge
 from embedmill.models import find_model
 from scheduler.budget import key_id
 
-from ..batch_endpoint import BatchLine, BatchStatus, State
+from ..batch_endpoint import BatchLine, BatchStatus, OutputMissing, State
 from .http import Answer, AnswerRefused, HttpClient
 from .jina import error_for
 
@@ -35,8 +35,9 @@ _MAX_LINES = 10_000
 _MAX_BYTES = 16 * 2**20
 # Without a limit the list is said to have 20.
 _LISTED, _LISTED_AT_LEAST = 100, 20
-# Refusals that a server can only give instead of beginning.
-_REFUSED_BEFORE = frozenset({429, 503})
+_REQUEST_TIMEOUT, _GONE = 408, frozenset({404, 410})
+# Of the 5xx, the one that a server can only give instead of beginning.
+_REFUSED_BEFORE = 503
 _BATCH_ID = re.compile(r"[\w.:-]{1,200}")
 
 
@@ -72,17 +73,19 @@ class JinaBatches:
         answer = await self._http.post_json("batch/embeddings", {**self._settings, "input": lines})
         if answer.status == 413:
             raise RequestTooLarge(f"Jina answered 413: {answer.excerpt or 'the request is too large'}")
-        if answer.status >= 500 and answer.status not in _REFUSED_BEFORE:
+        if 200 <= answer.status < 300:
+            return _parsed(answer.content)
+        if _may_have_begun(answer.status):
             raise OutcomeUnknown(f"Jina answered {answer.status}: {answer.excerpt}")
-        return self._status(answer)
+        raise error_for(answer)
 
     async def status(self, batch_id: str) -> BatchStatus | None:
         answer = await self._http.get(f"batch/{_checked(batch_id)}")
-        return None if answer.status == 404 else self._status(answer)
+        return None if answer.status in _GONE else self._status(answer)
 
     async def cancel(self, batch_id: str) -> BatchStatus | None:
         answer = await self._http.delete(f"batch/{_checked(batch_id)}")
-        return None if answer.status == 404 else self._status(answer)
+        return None if answer.status in _GONE else self._status(answer)
 
     async def recent(self) -> tuple[Sequence[BatchStatus], bool]:
         answer = await self._http.get(f"batches?limit={_LISTED}")
@@ -112,8 +115,8 @@ class JinaBatches:
                 async for line in lines:
                     yield line
         except AnswerRefused as refused:
-            if refused.answer.status == 404:
-                raise OutcomeUnknown(f"Jina does not have {path}: {refused.answer.excerpt}") from None
+            if refused.answer.status in _GONE:
+                raise OutputMissing(f"Jina does not have {path}: {refused.answer.excerpt}") from None
             raise error_for(refused.answer) from None
 
     def _status(self, answer: Answer) -> BatchStatus:
@@ -202,6 +205,11 @@ def _parsed(content: object) -> BatchStatus:
                 error=str(rest.get("error") or "")[:500],
             )
     raise OutcomeUnknown(f"Jina's answer about a batch is not what its API promises: {str(content)[:200]!r}")
+
+
+def _may_have_begun(status: int) -> bool:
+    """Whether a batch may have come of a submission that was answered so."""
+    return status < 400 or status == _REQUEST_TIMEOUT or (status >= 500 and status != _REFUSED_BEFORE)
 
 
 def _count(stats: Mapping[str, object], name: str) -> int:
