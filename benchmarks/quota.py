@@ -46,8 +46,8 @@ _STRANGER = 0.3
 _LEAST_USED, _MOST_REFUSED, _MOST_CALLS = 0.97, 0.001, 2.5
 _LEAST_USED_BESIDE, _MOST_REFUSED_BESIDE = 0.88, 0.05
 _LATENCY_MS = 120
-# Requests are made large enough that tokens are used up first, not requests.
-_REQUEST_SHARE = 1.15
+# Requests are made large enough that tokens are used up first, not requests; what is drawn turns out somewhat larger still.
+_REQUEST_SHARE, _DRAWN_LARGER = 1.15, 1.35
 _CALL_RATES = (50, 500, 1_000, 2_000, 5_000)
 _CALLS_FOR_S = 10.0
 _HEADER = (
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tier", action="append", choices=list(_MINUTES_S), help="Else both.")
     parser.add_argument("--window", action="append", choices=_WINDOWS, help="Else all.")
     parser.add_argument("--way", action="append", choices=[*_WAYS, "calls"], help="Else all.")
+    parser.add_argument("--no-stranger", action="store_true", help="Leave out the cases with another client.")
     parser.add_argument("--alone", action="store_true", help="One case at a time, which takes half an hour.")
     parser.add_argument(
         "--premium-minute", type=float, default=_MINUTES_S["premium"], metavar="SECONDS",
@@ -144,7 +145,9 @@ def _rounds(options: argparse.Namespace) -> Iterator[list[Case]]:
     requests = 1_000 if options.quick else 10_000
     for tier in options.tier or list(_MINUTES_S):
         minute_s = options.premium_minute if tier == "premium" else _MINUTES_S[tier]
-        kinds = [("budget", 0.0, requests), ("budget", _STRANGER, requests // 2)]
+        kinds = [("budget", 0.0, requests)]
+        if not options.no_stranger:
+            kinds.append(("budget", _STRANGER, requests // 2))
         # What the others do is clear after fewer.
         kinds += [(way, 0.0, requests // 5) for way in ("backoff", "throttle")]
         for way, other, least in kinds:
@@ -162,7 +165,7 @@ def measure(case: Case) -> Found:
     tier, minute_s = TIERS[case.tier], case.minute_s
     tokens = int(_REQUEST_SHARE * tier.tokens / tier.requests)
     per_s = min(tier.requests, tier.tokens * (1 - case.other) / tokens) / minute_s
-    seconds = max(case.requests / per_s, 2 * minute_s)
+    seconds = max(_DRAWN_LARGER * case.requests / per_s, 2 * minute_s)
     # A bucket starts full: what is above its rate has to be gone, which the excess of two clients takes four minutes for.
     warm_up_s = (5 if case.window == "bucket" and case.other else 1.5) * minute_s
     with ExitStack() as stack:

@@ -33,8 +33,9 @@ _SETTLE_WITHIN_S = 5.0
 _ASK_EVERY_S, _SETTLE_EVERY_S = 0.02, 0.005
 Busy = Callable[[str], Awaitable[bool]]
 """Whether requests of the last window are known of, for a key by its id."""
-Spent = Callable[[str], Awaitable[int]]
-"""Tokens that a key, by its id, is known to have been billed in the last window."""
+Spent = Callable[[str], Awaitable[Sequence[tuple[float, int]]]]
+"""Requests that a key, by its id, is known to have been billed in the last window: how many seconds ago, and tokens."""
+_RESTORED_STEP_S = 0.5
 _NO_PERMIT = 1
 _WITHOUT_MEMORY = -2
 _LIMIT_WORDS = {
@@ -86,7 +87,7 @@ class RequestBudget(Protocol):
         ...
 
     async def restore(self, spent: Spent) -> None:
-        """Charge tokens of the last window to a budget that does not remember them."""
+        """Note requests of the last window in a budget that does not remember them."""
         ...
 
     def remember_by(self, busy: Busy) -> None:
@@ -198,13 +199,15 @@ class Budget:
                     log.warning("permits were not kept: %s", error)
 
     async def restore(self, spent: Spent) -> None:
-        """Charge what was sent in the last window to a budget that has no memory of it, as after a loss of Redis."""
-        limit = self._limits["tokens"]
-        spent_tokens = await spent(self.key_id) if limit else 0
-        if spent_tokens <= 0 or not limit or await self._connection.command("EXISTS", self._keys[0]):
-            return
-        async with self.reserve(min(spent_tokens, limit)):
-            pass
+        """Note what was sent in the last window where it falls, in a budget without memory, as after a loss of Redis."""
+        by_age: dict[int, tuple[int, int]] = {}
+        for age_s, tokens in await spent(self.key_id):
+            step = max(0, int(age_s / _RESTORED_STEP_S))
+            requests, before = by_age.get(step, (0, 0))
+            by_age[step] = requests + 1, before + tokens
+        if by_age:
+            triples = [part for step, both in by_age.items() for part in (step * _RESTORED_STEP_S * 1000, *both)]
+            await self._connection.script("scheduler/restore", self._keys, [self._window_ms, *triples])
 
     async def _wait_for_turn(self, grant: Grant, lane: Lane) -> None:
         while True:

@@ -383,6 +383,6 @@ class Caps:
 def cap_reached_words(job: str, *, limit: int, spent: int) -> str:
     """What has happened, and how it goes on."""
     return (
-        f"job {job} has reached its cap: {spent:,} of {limit:,} tokens are billed, and no further passage is sure to fit;"
+        f"job {job} has reached its cap: {spent:,} of {limit:,} tokens were billed when no further passage was sure to fit;"
         " nothing is lost, and a larger --max-tokens lets it go on"
     )

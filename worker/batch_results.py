@@ -80,6 +80,7 @@ class BatchResults:
                 return False
         answer = await self._requester.ask(texts, est_tokens=sum(estimates), on_waste=lambda _: None, cap=self._cap)
         self._results.add(billed_only(answer.billed_tokens, requests=1, dimensions=self._results.dimensions))
+        self._requester.counts.control_tokens += answer.billed_tokens
         alike = _cosine(line.vector, answer.vectors[0])
         if not alike >= _ALIKE:
             raise BatchHeld(
@@ -172,7 +173,11 @@ class BatchResults:
         useless.update({rows[position]: cause for position, cause in report.bad.items()})
         passed = [position for position in range(len(rows)) if position not in report.bad]
         increment = Increment(np.array([rows[position] for position in passed], np.int32), vectors[passed])
-        self._requester.counts.add(self._job, passages=self._results.add(increment), tokens=0)
+        counts = self._requester.counts
+        counts.add(self._job, passages=self._results.add(increment), tokens=0)
+        if counts.quoted_tokens is not None and self._requester.quoted_tokens is not None:
+            quoted = self._requester.quoted_tokens([self._texts[row] for row in increment.rows])
+            counts.quoted_tokens += float(quoted.sum())
         return len(passed)
 
     def _bury(self, rejected: dict[int, str]) -> None:

@@ -52,13 +52,15 @@ _log = logging.getLogger("embedmill.worker")
 
 @dataclass(slots=True)
 class Tools:
-    """What every shard of a worker shares. `permits` bounds the requests in flight of the whole worker."""
+    """What every shard of a worker shares. `permits` bounds the requests in flight of the whole worker; counted: passages
+    with a vector of shards that are not committed, by their place, as far as this process has counted them."""
 
     embedder: Embedder
     requester: Requester
     worker: str
     permits: anyio.CapacityLimiter
     draining: anyio.Event
+    counted: dict[tuple[str, int], int] = field(default_factory=dict)
     spending: SpendFiles = field(init=False)
     _trials: anyio.Lock = field(default_factory=anyio.Lock)
 
@@ -117,6 +119,7 @@ class ShardEmbedding:
         self._attempts = attempts
         self._lane: Lane = lane
         self._batches = batches
+        self._place = (dataset.info.id, shard)
         self._attempt = uuid.uuid4().hex[:12]
         self._checkpoint = Checkpoint(dataset, shard, attempt=self._attempt)
         self._notes = TrialNotes(dataset, shard, attempt=self._attempt)
@@ -151,10 +154,14 @@ class ShardEmbedding:
                 await self._batches.look()
             await to_thread.run_sync(self._prepare)
             await afailpoint("worker.after_adopt")
-            await self._embed_owed()
+            try:
+                await self._embed_owed()
+            finally:
+                self._tools.counted[self._place] = self._results.embedded
             if self._results.owed():
                 return None
             marker = await self._commit()
+            del self._tools.counted[self._place]
         await to_thread.run_sync(self._checkpoint.sweep)
         await afailpoint("worker.after_sweep")
         return marker
@@ -185,7 +192,8 @@ class ShardEmbedding:
         adopted = self._checkpoint.adopt(self._results)
         stored = self._adopt_stored()
         adopted += stored + self._carry_over()
-        self._tools.counts.adopted += adopted
+        # A shard that comes back to this process brings what this process has counted before.
+        self._tools.counts.adopted += max(0, adopted - self._tools.counted.get(self._place, 0))
         self._left = self._notes.left()
         # What is stored stays as it is.
         if self._windows is not None and not stored:

@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 
 from embedmill.connection import FAKE_URL, Connection
 from embedmill.embedder import EmbedderSpec, Embedding, Role
-from embedmill.errors import ConfigurationError, EmbedmillError, InputRejected, OutcomeUnknown, TooManyInputs
+from embedmill.errors import (
+    ConfigurationError,
+    EmbedmillError,
+    InputRejected,
+    InputTooLong,
+    OutcomeUnknown,
+    TooManyInputs,
+)
 from embedmill.messages import Lane
 from embedmill.models import SPARSE_MODELS, find_tier
 from embedmill.sparse import SparseRows
@@ -210,19 +217,25 @@ class AsyncJinaEmbedding(Generic[_V]):
             embedding = await embed_batch(
                 self._embedder, texts, budget=self._budget, role=role, est_tokens=max(1, est_tokens), lane=lane
             )
-        except TooManyInputs:
-            # The embedder has learned; the vectors of late chunking are those of smaller windows then.
+        except InputRejected as error:
+            if not _fits_in_halves(error, rows, late_chunking=self._embedder.spec.late_chunking and role == "document"):
+                place = f"text {rows[0]}" if len(rows) == 1 else f"one of the texts {rows[0]} to {rows[-1]}"
+                raise type(error)(f"{place}: {error}") from error
+            # The vectors of late chunking are those of smaller windows then.
             middle = len(rows) // 2
             first = await self._send(texts[:middle], est_tokens * middle // len(rows), role, rows[:middle])
             second = await self._send(
                 texts[middle:], est_tokens - est_tokens * middle // len(rows), role, rows[middle:]
             )
             return cast("Vectors", np.concatenate([first, second]))
-        except InputRejected as error:
-            place = f"text {rows[0]}" if len(rows) == 1 else f"one of the texts {rows[0]} to {rows[-1]}"
-            raise type(error)(f"{place}: {error}") from error
         self.billed_tokens += embedding.billed_tokens
         return embedding.vectors
+
+
+def _fits_in_halves(error: InputRejected, rows: Sequence[int], *, late_chunking: bool) -> bool:
+    """Whether the request was too large, and not one of its texts. The embedder has learned what inputs it may have."""
+    too_large = isinstance(error, TooManyInputs) or (late_chunking and isinstance(error, InputTooLong))
+    return too_large and len(rows) > 1
 
 
 class JinaEmbedding(Generic[_V]):

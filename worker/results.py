@@ -55,6 +55,11 @@ class ShardResults:
         """Rows without a result, in order."""
         return [int(row) for row in np.flatnonzero(self.statuses == OWED)]
 
+    @property
+    def embedded(self) -> int:
+        """Rows with a vector."""
+        return int(np.count_nonzero(self.statuses == EMBEDDED))
+
     def delete(self, rows: Iterable[int], *, cancelled: bool = False) -> None:
         """Rows that are to have no vector."""
         for row in rows:

@@ -28,7 +28,7 @@ from worker.service import Worker
 from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
 from ..embedder import Embedder
-from ..errors import TransientError
+from ..errors import CapReached, TransientError
 from ..sources.opening import Source
 from .progress import Snapshot, show
 from .standard_input import StoppableInput
@@ -54,12 +54,14 @@ async def open_connection(redis: str | None) -> AsyncIterator[Connection]:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run ended. stopped: by a signal, with work left; done: passages with a result, in checkpoints or committed."""
+    """How a run ended. stopped: with work left, by a signal or at its job's cap, which is `capped`; done: passages with a
+    result, in checkpoints or committed."""
 
     stopped: bool = False
     done: int = 0
     seconds: float = 0.0
     admitted: AdmissionCounts = field(default_factory=AdmissionCounts)
+    capped: CapReached | None = None
 
 
 class Pipeline:
@@ -112,11 +114,12 @@ class Pipeline:
                         parts.start_soon(self._guard, self._load, self._loader)
             finally:
                 background.cancel_scope.cancel()
-        if self._trouble is not None:
+        capped = _cap_in(self._trouble)
+        if self._trouble is not None and capped is None:
             raise self._trouble
         await to_thread.run_sync(self._dataset.publish_shape)
         seconds = time.monotonic() - started
-        return Outcome(self._stopping.is_set(), self.snapshot().done, seconds, self._admitter.counts)
+        return Outcome(self._stopping.is_set(), self.snapshot().done, seconds, self._admitter.counts, capped)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -210,3 +213,10 @@ class Pipeline:
                     scope.cancel()
                     return
                 self.stop()
+
+
+def _cap_in(error: BaseException | None) -> CapReached | None:
+    """A reached cap, also among what concurrent parts raise together."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_cap_in, error.exceptions)), None)
+    return error if isinstance(error, CapReached) else None

@@ -50,7 +50,7 @@ from .standard_input import make_standard_input_stoppable
     "--inbox", metavar="NAME", help="Push through Redis, for a scheduler to admit: needs no dataset and no model."
 )
 @click.option("--lane", type=click.Choice(["live", "bulk"]), help="Lane of a new job; else bulk.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take so many documents only: a first bite.")
+@click.option("--limit", type=click.IntRange(min=1), help="Admit so many new documents only: a first bite.")
 @output_options
 def push(sources: tuple[str, ...], to: str | None, redis: str | None, as_json: bool, **options: Any) -> int:
     """Admit SOURCE... into a dataset and queue what has to be embedded, for workers on the same Redis.

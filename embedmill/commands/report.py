@@ -94,7 +94,8 @@ def _lines(ended: RunEnded, summary: DatasetSummary) -> Iterator[str]:
     if ended.loader is not None:
         rows = f"{ended.loader.counts.rows_upserted:,} rows now"
         yield f"  milvus      {ended.milvus}, collection {ended.loader.collection} ({rows})"
-    yield f"Next: {_next_command(ended)}"
+    if ended.outcome.capped is None:
+        yield f"Next: {_next_command(ended)}"
 
 
 def _next_command(ended: RunEnded) -> str:

@@ -97,7 +97,7 @@ class RunRequest:
 @shared("chunk", "chunk_overlap", "late_chunking", "too_long", "tokenizer", "strict", "milvus")
 @click.option("--no-milvus", is_flag=True, help="Build the dataset only.")
 @shared("collection", "redis", "namespace", "job", "max_tokens", "batch")
-@click.option("--limit", type=click.IntRange(min=1), help="Take so many documents only: a first bite.")
+@click.option("--limit", type=click.IntRange(min=1), help="Admit so many new documents only: a first bite.")
 @click.option("--rehearse", is_flag=True, help="Against a stand-in for the provider, here: nothing is sent or paid.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="As stored."
@@ -204,7 +204,10 @@ async def _run(request: RunRequest) -> int:
             ended = await _run_on(dataset, sources, embedder, request, standard_input)
     finally:
         await embedder.aclose()
-    return report(ended, summarize(dataset), as_json=request.as_json)
+    status = report(ended, summarize(dataset), as_json=request.as_json)
+    if ended.outcome.capped is not None:
+        raise ended.outcome.capped
+    return status
 
 
 async def _run_on(

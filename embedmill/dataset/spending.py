@@ -151,11 +151,14 @@ def spend_lines(dataset: Dataset) -> Iterator[Spent]:
         yield from _parse(dataset.store.read(f"{layout.SPEND_FOLDER}/{name}"))
 
 
-def spent_recently(dataset: Dataset, *, key_id: str, within_s: float = 60.0) -> int:
-    """Tokens that the spend logs say one key was charged in the last `within_s` seconds, by the clock of this machine."""
+def spent_recently(dataset: Dataset, *, key_id: str, within_s: float = 60.0) -> list[tuple[float, int]]:
+    """What the spend logs say that one key was charged in the last `within_s` seconds, by the clock of this machine.
+
+    For each request how many seconds ago, and tokens.
+    """
     now = datetime.now(tz=UTC)
-    lines = (line for line in spend_lines(dataset) if line.key == key_id)
-    return sum(line.charged for line in lines if (now - line.at).total_seconds() < within_s)
+    lines = ((now - line.at, line.charged) for line in spend_lines(dataset) if line.key == key_id)
+    return [(age.total_seconds(), charged) for age, charged in lines if age.total_seconds() < within_s]
 
 
 def _parse(data: bytes) -> Iterator[Spent]:

@@ -16,6 +16,7 @@ from anyio import to_thread
 import embedmill
 from embedmill.errors import ConfigurationError, InputRejected, InvalidKey, OutcomeUnknown
 from embedmill.models import find_model
+from embedmill.rehearsal import Rehearsal, serve_rehearsal
 from worker import encoder
 from worker.attempts import RetryPolicy
 
@@ -166,6 +167,19 @@ async def test_late_chunking_keeps_the_passages_of_a_document_together():
         await jina.encode_documents([f"passage {n}" for n in range(40)])
         await jina.encode_queries(["question"])
     assert [(len(body["input"]), body["late_chunking"]) for body in stand.bodies] == [(40, True), (1, False)]
+
+
+async def test_a_late_chunking_request_that_the_provider_finds_too_long_is_halved_between_passages():
+    async with (
+        serve_rehearsal(Rehearsal(latency_ms=0, jitter_ms=0)) as (api, simulator),
+        embedmill.AsyncJinaEmbedding(api_key=KEY, api_base=api, late_chunking=True, dimensions=8) as jina,
+    ):
+        # Long words: the first estimate is too low.
+        vectors = await jina.encode_documents(["aerodynamic boundary layer " * 400] * 6)
+    assert vectors.shape == (6, 8)
+    statuses = simulator.stats()["statuses"]
+    assert isinstance(statuses, dict)
+    assert statuses.keys() - {"200"}, "nothing was refused, so nothing was halved"
 
 
 async def test_the_blocking_face_gives_the_same_also_where_a_loop_runs_and_from_several_threads():

@@ -80,13 +80,14 @@ def test_a_capped_run_stops_says_how_it_goes_on_and_with_a_larger_cap_it_does(em
     assert capped.status == 3
     assert "job main has reached its cap" in capped.stderr
     assert "a larger --max-tokens" in capped.stderr
+    assert capped.stdout.startswith("Stopped before the end; nothing is lost.")
     billed, again = would_have_billed(capped.stderr)
     assert 0.95 * 8000 < billed <= 8000
     assert again == 0
 
     same = embedmill("run", unique, "--to", "set", *REHEARSED, "--max-tokens", "8000")
     assert same.status == 3
-    assert "of 8,000 tokens are billed" in same.stderr
+    assert "of 8,000 tokens were billed" in same.stderr
     assert would_have_billed(same.stderr) == (0, 0)
 
     status = embedmill("status", "set").stdout

@@ -64,6 +64,24 @@ async def test_a_shard_in_trouble_is_retried_later_while_the_others_go_on(
     assert "503; shard 0 goes on in" in worker.counts.last_trouble
 
 
+async def test_a_shard_that_comes_back_counts_no_passage_a_second_time(
+    dataset: Dataset, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requesting, "embed_batch", partial(embed_batch, policy=RetryPolicy(max_attempts=1)))
+    requests = 0
+
+    async def fail_the_second(_: list[str]) -> None:
+        nonlocal requests
+        requests += 1
+        if requests == 2:
+            raise Overloaded("503", retry_after_s=0.1)
+
+    await owe(dataset, queue, texts_of(0))
+    worker = await work_off(queue, TestedEmbedder(before=fail_the_second), shards_in_flight=1)
+    check(dataset)
+    assert (worker.counts.embedded, worker.counts.adopted) == (len(texts_of(0)), 0)
+
+
 async def test_a_bad_key_pauses_the_job_and_what_was_paid_for_is_kept(dataset: Dataset, queue: Queue) -> None:
     requests = 0
 

@@ -129,16 +129,20 @@ async def test_settling_twice_changes_nothing(clock, connection):
     assert await connection.command("HGETALL", asker.budget._keys[0]) == before
 
 
-async def test_a_lost_budget_is_charged_what_was_spent_and_one_that_is_there_is_not(clock, connection):
+async def test_a_lost_budget_learns_what_was_spent_where_it_falls_and_one_that_is_there_does_not(clock, connection):
     async def spent(_key_id):
-        return 30_000
+        return [(50.0, 20_000), (10.0, 15_000), (10.1, 15_000)]
 
     asker = Asker(connection, tpm=60_000, max_wait_s=100)
     await asker.budget.restore(spent)
-    assert (await asker.reserve(20_000))[1] == pytest.approx(30 / 0.98 - 1, abs=0.01)
-    before = await connection.command("HGETALL", asker.budget._keys[0])
+    # There is room for 9,700 at once; what was sent 50 s ago leaves the window in ten seconds, and makes room for more.
+    assert (await asker.reserve(9_000))[:2] == (1, 0)
+    _, wait_s, _, grant = await asker.reserve(20_000)
+    assert wait_s == pytest.approx(11, abs=1)
+    await asker.settle(grant, outcome="unsent")
+    before = await connection.command("HGETALL", asker.budget._keys[3])
     await asker.budget.restore(spent)
-    assert await connection.command("HGETALL", asker.budget._keys[0]) == before
+    assert await connection.command("HGETALL", asker.budget._keys[3]) == before
 
 
 async def test_a_holder_that_says_that_it_lives_keeps_its_permit(clock, connection):
