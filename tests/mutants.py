@@ -238,7 +238,6 @@ MUTANTS = [
         "a scheduler that rebuilds nothing",
         _patched("scheduler.service.reconcile", _reconcile_nothing),
         scheduler.what_is_owed_and_not_queued_is_queued,
-        _from(19),
     ),
     Mutant(
         "a scheduler that sweeps nothing",
