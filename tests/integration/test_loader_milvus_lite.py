@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -34,12 +33,6 @@ from worker.embedders.null import hash_vectors
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     return make_dataset(tmp_path / "corpus")
-
-
-@pytest.fixture
-async def target(tmp_path: Path) -> AsyncIterator[MilvusTarget]:
-    async with open_target(str(tmp_path / "milvus.db")) as opened:
-        yield opened
 
 
 async def test_a_load_brings_every_row_and_verification_agrees(dataset: Dataset, target: MilvusTarget) -> None:
@@ -383,9 +376,6 @@ async def test_following_loads_what_is_announced_until_it_is_stopped(dataset: Da
     assert loader.counts.rows_upserted == 10
 
 
-@pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="no server comes along for this machine"
-)
 async def test_the_loader_service_loads_until_it_is_terminated(dataset: Dataset, tmp_path: Path) -> None:
     add(dataset, embedded(10))
     uri, folder = str(tmp_path / "milvus.db"), Path(dataset.url)

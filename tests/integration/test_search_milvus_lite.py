@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from embedmill.embedder import EmbedderSpec
 from embedmill.errors import ConfigurationError
 from loader.description import CollectionDescription
 from loader.search import search
-from loader.target import MilvusTarget, open_target
+from loader.target import MilvusTarget
 from loader.verification import verify_target
 from tests.loader_bench import DIMENSIONS, add, embedded, load, make_dataset, text_of
 from worker.embedders.null import NullEmbedder
@@ -26,12 +25,6 @@ from worker.embedders.null import NullEmbedder
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     return make_dataset(tmp_path / "corpus")
-
-
-@pytest.fixture
-async def target(tmp_path: Path) -> AsyncIterator[MilvusTarget]:
-    async with open_target(str(tmp_path / "milvus.db")) as opened:
-        yield opened
 
 
 @pytest.fixture

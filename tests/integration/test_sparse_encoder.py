@@ -11,22 +11,11 @@ from embedmill.errors import InvalidKey, OutcomeUnknown
 from embedmill.rehearsal import Rehearsal, account_name, pretend_tokens, serve_rehearsal
 from embedmill.rehearsal.vectors import pretend_sparse
 from embedmill.sparse import SPARSE_DIMENSIONS, token_index
-from worker import encoder
-from worker.attempts import RetryPolicy
+
+pytestmark = pytest.mark.usefixtures("quick_encoder")
 
 KEY = "jina_sparse"
 TEXTS = ["Fish sing in the mine", "the mine is deep", "?!", "nobody mines fish"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    fast = RetryPolicy(max_attempts=3, base_s=0.001, cap_s=0.01, limited_cap_s=0.01)
-
-    async def embed_batch(*arguments, **options):
-        return await whole(*arguments, policy=fast, **options)
-
-    whole = encoder.embed_batch
-    monkeypatch.setattr(encoder, "embed_batch", embed_batch)
 
 
 @asynccontextmanager

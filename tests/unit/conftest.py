@@ -1,4 +1,4 @@
-"""A clock that a test sets, and a Redis that reads it."""
+"""A clock that a test sets, a Redis that reads it, and a dataset with late chunking."""
 
 import time
 
@@ -6,6 +6,7 @@ import pytest
 
 from embedmill.connection import FAKE_URL, Connection
 from tests.budget_bench import Clock
+from tests.late_documents import close_indexes, late_dataset
 
 
 @pytest.fixture
@@ -20,3 +21,9 @@ async def connection():
     connection = Connection(FAKE_URL)
     yield connection
     await connection.aclose()
+
+
+@pytest.fixture
+def late(tmp_path):
+    yield late_dataset(tmp_path / "d")
+    close_indexes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,8 @@ from tests.late_documents import (
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return late_dataset(tmp_path / "d")
-
-
-@pytest.fixture(autouse=True)
-def _closing() -> Iterator[None]:
-    yield
-    close_indexes()
+def dataset(late: Dataset) -> Dataset:
+    return late
 
 
 def test_a_document_never_crosses_a_shard(dataset: Dataset) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,14 +33,8 @@ from tests.late_documents import (
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return late_dataset(tmp_path / "d")
-
-
-@pytest.fixture(autouse=True)
-def _closing() -> Iterator[None]:
-    yield
-    close_indexes()
+def dataset(late: Dataset) -> Dataset:
+    return late
 
 
 def test_a_document_over_two_messages_keeps_the_first_one_waiting(dataset: Dataset) -> None:
