@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from worker.encoder import AsyncJinaEmbedding, JinaEmbedding
 
+    from .dataset.reader import open_dataset
     from .producer import Producer
     from .sparse import SparseRows
 
 __version__ = "0.1.0"
-__all__ = ["AsyncJinaEmbedding", "JinaEmbedding", "Producer", "SparseRows", "__version__"]
+__all__ = ["AsyncJinaEmbedding", "JinaEmbedding", "Producer", "SparseRows", "__version__", "open_dataset"]
 
 
 def __getattr__(name: str) -> object:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> object:
         from .producer import Producer
 
         return Producer
+    if name == "open_dataset":
+        from .dataset.reader import open_dataset
+
+        return open_dataset
     if name == "SparseRows":
         from .sparse import SparseRows
 

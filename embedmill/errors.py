@@ -16,11 +16,13 @@
     │   ├── InvalidKey            pause the job, too, unless other workers have other keys
     │   ├── NoBalance             likewise
     │   ├── PassageTooLarge       pause the job; others go on
-    │   └── CapReached            the same, until its cap is raised
+    │   ├── CapReached            the same, until its cap is raised
+    │   └── BatchHeld             the same, until somebody has looked at the batch
     ├── StorageError              stop, say what to free or allow, go on later
     ├── CorruptStore              stop, name the object
     ├── ObjectExists              somebody else created it first: adopt it
-    └── ObjectChanged             a compare-and-swap lost: read again
+    ├── ObjectChanged             a compare-and-swap lost: read again
+    └── SnapshotOutdated          a reader's shard was replaced meanwhile: refresh, read again
 
 Each class has a stable `code`, which is what logs, dead letters and `--json` carry.
 """
@@ -193,3 +195,9 @@ class ObjectChanged(EmbedmillError):
     """A compare-and-swap found other content than expected."""
 
     code = "object_changed"
+
+
+class SnapshotOutdated(EmbedmillError):
+    """What a reader's snapshot names was replaced or taken away since. Nothing is damaged: refresh and read again."""
+
+    code = "snapshot_outdated"

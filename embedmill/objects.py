@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
+_ALIASES = {"s3a": "s3", "azure": "az", "adl": "az", "abfs": "az", "abfss": "az"}
 CONNECT_TIMEOUT_S = 10
+REQUEST_TIMEOUT_S = 30
 # Opening meets what the user mistyped and should say so soon; reading rides out a network that is gone for a while.
 OPENING_RETRIES = 3
 READING_RETRIES = 12
@@ -43,7 +45,8 @@ _REFUSED = re.compile(r"\b40[13]\b")
 
 @dataclass(frozen=True, slots=True)
 class ObjectUrl:
-    """A URL in its parts. root: scheme and bucket (with http: the server); key: the rest, without a slash in front."""
+    """A URL in its parts. scheme: one of SCHEMES; root: scheme as written and bucket (with http: the server); key: the rest,
+    without a slash in front."""
 
     url: str
     scheme: str
@@ -58,32 +61,53 @@ class ObjectUrl:
 
 def parse_object_url(url: str) -> ObjectUrl | None:
     """The parts, or None for what is no URL of an object store. Raises ConfigurationError for one that cannot be meant."""
-    scheme, separator, rest = url.partition("://")
+    written, separator, rest = url.partition("://")
+    scheme = _ALIASES.get(written, written)
     if not separator or scheme not in SCHEMES:
         return None
     bucket, _, key = rest.partition("/")
     if not bucket:
-        raise ConfigurationError(f"{url}: names no bucket; it should look like {scheme}://BUCKET/KEY")
+        raise ConfigurationError(f"{url}: names no bucket; it should look like {written}://BUCKET/KEY")
     if scheme.startswith("http") and ("?" in key or "#" in key or "@" in bucket):
         raise ConfigurationError(
             f"{scheme}://{bucket.rpartition('@')[2]}/...: addresses with a query, a fragment or a password are not read; "
             "download the file first"
         )
-    return ObjectUrl(url, scheme, f"{scheme}://{bucket}", key)
+    return ObjectUrl(url, scheme, f"{written}://{bucket}", key)
 
 
-def open_objects(url: ObjectUrl, *, retries: int = READING_RETRIES, retry_s: float = READING_RETRY_S) -> ObjectStore:
+def open_objects(
+    url: ObjectUrl,
+    *,
+    retries: int = READING_RETRIES,
+    retry_s: float = READING_RETRY_S,
+    timeout_s: float = REQUEST_TIMEOUT_S,
+) -> ObjectStore:
     """The store of the whole bucket. Does not connect. Raises ConfigurationError for a set-up that cannot work."""
     try:
         from obstore.store import from_url
     except ImportError:
-        raise ConfigurationError(f"{url.url}: object stores need obstore: pip install 'embedmill[objects]'") from None
-    check_endpoint(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-    client: ClientConfig = {"allow_http": True, "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S)}
+        raise missing_extra(url.url) from None
+    check_endpoint(s3_endpoint())
+    client: ClientConfig = {
+        "allow_http": True,
+        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
+        "timeout": timedelta(seconds=timeout_s),
+    }
     retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=retry_s)}
     with explained(url):
         store: ObjectStore = from_url(url.root, client_options=client, retry_config=retry)
     return store
+
+
+def missing_extra(url: str) -> ConfigurationError:
+    return ConfigurationError(f"{url}: object stores need obstore: pip install 'embedmill[objects]'")
+
+
+def s3_endpoint() -> str | None:
+    """The address of an S3 that is not Amazon's; None where none is set."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    return next((os.environ[name] for name in names if name in os.environ), None)
 
 
 def check_endpoint(endpoint: str | None) -> None:
@@ -121,11 +145,15 @@ def explained(url: ObjectUrl) -> Iterator[None]:
         raise explain(error, url=url) from None
 
 
+def is_bucket_missing(error: Exception) -> bool:
+    """Whether a server said so that there is no such bucket; of a HEAD it says nothing."""
+    return _NO_BUCKET.search(str(error)) is not None
+
+
 def explain(error: Exception, *, url: ObjectUrl) -> ConfigurationError | StorageError:
     """An error that obstore does not class itself: it only has its words."""
-    said = str(error)
-    line = first_cause(said)
-    if _NO_BUCKET.search(said):
+    line = first_cause(str(error))
+    if is_bucket_missing(error):
         return ConfigurationError(f"{url.url}: no such bucket")
     if _ACCESS.search(line) or _REFUSED.search(line):
         return ConfigurationError(f"{url.url}: no credentials that work{advise(url)} ({line})")
@@ -137,7 +165,9 @@ def advise(url: ObjectUrl) -> str:
 
 
 def first_cause(said: str) -> str:
-    """The first line of a long error, without the parts that carry no news."""
+    """The first line of a long error, without the parts that carry no news, and the server's own word for it."""
     line = (said.splitlines() or ["unknown error"])[0]
-    line = re.sub(r"^(Generic \w+ error: )?(Error performing )?", "", line)
-    return line[:300].rstrip(" :")
+    line = re.sub(r"^(Generic \w+ error: )?(Error performing )?(list request: Error performing )?", "", line)
+    line = re.sub(r" in [\d.]+[mnµ]?s - ", ": ", line).partition(": <")[0][:300].rstrip(" :")
+    code = re.search(r"<Code>(\w+)</Code>", said)
+    return f"{line} ({code[1]})" if code else line

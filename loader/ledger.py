@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedmill.dataset import layout
-from embedmill.dataset.store import LocalStore, Store
+from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.local_folder import local_folder
 from embedmill.errors import ConfigurationError, CorruptStore, ObjectExists, StorageError
 from embedmill.failpoints import failpoint
 
-FOLDER = "loads"
 _LOCK = "lock"
-_INTENT = ".intent.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +63,12 @@ class LoadResult:
 
 
 class Ledger:
-    """The ledger of one target; one loader at a time, by a lock that dies with its process."""
+    """The ledger of one target; one loader at a time on this machine, by a lock that dies with its process."""
 
-    def __init__(self, store: Store, target: LedgerTarget) -> None:
-        self._store = store
-        self._folder = f"{FOLDER}/{target.name}"
+    def __init__(self, dataset: Dataset, target: LedgerTarget) -> None:
+        self._dataset = dataset
+        self._store = dataset.store
+        self._folder = f"{layout.LOADS_FOLDER}/{target.name}"
         self._target = target
         self._lock: int | None = None
 
@@ -76,8 +76,7 @@ class Ledger:
         """Take the lock. Raises ConfigurationError when another loader has it."""
         with suppress(ObjectExists):
             self._store.create(f"{self._folder}/target.json", self._target.to_bytes())
-        if isinstance(self._store, LocalStore):
-            self._lock = _take_lock(self._store, f"{self._folder}/{_LOCK}", collection=self._target.collection)
+        self._lock = _take_lock(self._dataset, self._folder, collection=self._target.collection)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -87,11 +86,16 @@ class Ledger:
     def results(self) -> dict[int, LoadResult]:
         """Every shard that is wholly in the target."""
         shards = layout.numbers(self._store.names(self._folder), suffix=".json")
-        return {shard: self._read(self._key(shard)) for shard in shards}
+        found = zip(shards, self._store.read_many([self._key(shard) for shard in shards]), strict=True)
+        return {
+            shard: LoadResult.from_bytes(data, name=f"{self._store.url}/{self._key(shard)}")
+            for shard, data in found
+            if data is not None
+        }
 
     def intents(self) -> set[int]:
         """Shards that may be in the target in part."""
-        return set(layout.numbers(self._store.names(self._folder), suffix=_INTENT))
+        return set(layout.numbers(self._store.names(self._folder), suffix=layout.INTENT_SUFFIX))
 
     def intend(self, shard: int) -> None:
         """Note that rows of the shard are about to be sent."""
@@ -107,24 +111,26 @@ class Ledger:
         failpoint("loader.after_result")
         self._store.delete(self._intent_key(result.shard))
 
+    def withdraw(self, shard: int) -> None:
+        """The shard does not count any more, and nobody will apply it."""
+        self._store.delete(self._intent_key(shard))
+
     def forget(self, shards: Iterable[int]) -> None:
         """Have these shards applied again."""
         for shard in shards:
             self._store.delete(self._key(shard))
 
-    def _read(self, key: str) -> LoadResult:
-        return LoadResult.from_bytes(self._store.read(key), name=f"{self._store.url}/{key}")
-
     def _key(self, shard: int) -> str:
         return f"{self._folder}/{shard:08d}.json"
 
     def _intent_key(self, shard: int) -> str:
-        return f"{self._folder}/{shard:08d}{_INTENT}"
+        return f"{self._folder}/{shard:08d}{layout.INTENT_SUFFIX}"
 
 
-def _take_lock(store: LocalStore, key: str, *, collection: str) -> int:
-    path = store.path(key)
+def _take_lock(dataset: Dataset, folder: str, *, collection: str) -> int:
+    path = local_folder(dataset.store, dataset.info.id) / folder / _LOCK
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
@@ -133,6 +139,6 @@ def _take_lock(store: LocalStore, key: str, *, collection: str) -> int:
     except OSError as error:
         os.close(descriptor)
         raise ConfigurationError(
-            f"another loader is loading {store.url} into collection {collection}: one is enough, wait for it or stop it"
+            f"another loader is loading {dataset.url} into collection {collection}: one is enough, wait for it or stop it"
         ) from error
     return descriptor

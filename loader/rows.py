@@ -7,23 +7,18 @@ decides nothing, so the one before it stays. Whatever order shards are applied i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedmill.dataset.deciding import Place, StatusOf, newest_decided
 from embedmill.dataset.layout import DELETED, EMBEDDED
 
 MAX_TEXT_BYTES = 65_535
 MAX_METADATA_BYTES = 65_535
-
-Place = tuple[int, int, int]
-"""(version, shard, row)."""
-
-StatusOf = Callable[[int, int], int | None]
-"""The committed status of (shard, row); None when that shard is not committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +63,6 @@ def plan_shard(
             upsert.append(row)
     superseded = len(decided) - len(upsert) - len(delete)
     return ShardPlan(tuple(upsert), tuple(delete), superseded, len(ids) - len(decided), frozenset(superseding))
-
-
-def newest_decided(places: Sequence[Place], status_of: StatusOf) -> Place | None:
-    """The highest version that is committed and embedded or deleted."""
-    decided = [place for place in places if status_of(place[1], place[2]) in (EMBEDDED, DELETED)]
-    return max(decided, default=None)
 
 
 def cut_text(text: str, *, limit: int = MAX_TEXT_BYTES) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset, describe, now_iso
+from embedmill.dataset.deciding import status_reader
 from embedmill.dataset.index import DatasetIndex
 from embedmill.errors import ConfigurationError, CorruptStore, TransientError
 from embedmill.failpoints import afailpoint
@@ -29,7 +30,7 @@ from scheduler.queue import Queue
 
 from .description import CollectionDescription, check_collection_name, default_collection
 from .ledger import Ledger, LedgerTarget, LoadResult
-from .rows import ShardPlan, StatusOf, cut_text, parse_metadata, plan_shard
+from .rows import ShardPlan, cut_text, parse_metadata, plan_shard
 from .target import CollectionState, MilvusTarget
 
 if TYPE_CHECKING:
@@ -167,8 +168,10 @@ class Loader:
         number."""
         ledger = self._require_ledger()
         await self.target.delete(report.extra_ids)
-        await to_thread.run_sync(ledger.forget, report.shards)
-        for shard in report.shards:
+        # A replacement counts as loaded when those that it replaces are.
+        shards = report.shards | await to_thread.run_sync(self._replaced, report.shards)
+        await to_thread.run_sync(ledger.forget, shards)
+        for shard in shards:
             self._loaded.pop(shard, None)
         swept = await self.sweep()
         await self.finish()
@@ -177,7 +180,7 @@ class Loader:
     async def _prepare(self) -> None:
         await self.target.connect()
         state = await self._adopt_collection()
-        ledger = Ledger(self.dataset.store, _ledger_target(self.target, state))
+        ledger = Ledger(self.dataset, _ledger_target(self.target, state))
         await to_thread.run_sync(ledger.open)
         self._ledger = ledger
         self._index = await to_thread.run_sync(self.dataset.open_index)
@@ -204,7 +207,8 @@ class Loader:
         for shard in shards:
             if stop is not None and stop.is_set():
                 break
-            results.append(await self._apply(shard, committed))
+            adopted = await to_thread.run_sync(self._adopt, shard)
+            results.append(adopted or await self._apply(shard, committed))
             applied += 1
             rows += results[-1].upserted
             if rows >= _CHECKPOINT_ROWS or time.monotonic() - since > _CHECKPOINT_S:
@@ -240,15 +244,45 @@ class Loader:
             at=now_iso(),
         )
 
+    def _adopt(self, shard: int) -> LoadResult | None:
+        """The result of a replacement whose rows are in the collection already: all that it replaces was loaded."""
+        replaced = self._replaced([shard])
+        if shard in self._intents or not replaced or not replaced <= self._loaded.keys() - self._intents:
+            return None
+        crc32c = self.dataset.describe_object(layout.commit_key(shard)).crc32c
+        return LoadResult(shard, crc32c, upserted=0, deleted=0, superseded=0, skipped=0, cut=0, at=now_iso())
+
+    def _replaced(self, shards: Iterable[int]) -> frozenset[int]:
+        """The shards that the rows of replacements stood in before."""
+        return frozenset(
+            old
+            for shard in shards
+            if self.dataset.admission(shard).replaces
+            for old, _ in self.dataset.origin(shard).carried.values()
+        )
+
     async def _recover(self, shard: int, plan: ShardPlan) -> None:
         """An earlier attempt may have sent rows of this shard that a higher version overrules by now, and a server may have
         taken them late: whatever overrules them is applied again, after this shard."""
+        await to_thread.run_sync(self._apply_again, shard, plan)
+
+    def _apply_again(self, shard: int, plan: ShardPlan) -> None:
         overruling = plan.superseding & self._loaded.keys()
-        await to_thread.run_sync(self._require_ledger().forget, overruling)
+        self._require_ledger().forget(overruling)
         for other in overruling:
             del self._loaded[other]
         if overruling:
             _log.info("shard %d was interrupted: applying %s again", shard, sorted(overruling))
+
+    def _settle_retired(self, committed: frozenset[int]) -> None:
+        """Shards that were retired while they were half there: nobody applies them again, so what overrules their rows is.
+        Their other rows stand in replacements, which are applied, since those shards were not wholly loaded."""
+        ledger = self._require_ledger()
+        for shard in sorted(self._intents & self.dataset.retired()):
+            if self.dataset.marker(shard) is not None:
+                self._apply_again(shard, self._plan(shard, committed)[0])
+            ledger.withdraw(shard)
+            self._intents.discard(shard)
 
     async def _checkpoint(self, results: Sequence[LoadResult]) -> None:
         if not results:
@@ -282,10 +316,16 @@ class Loader:
 
     def _outstanding(self) -> tuple[frozenset[int], list[int]] | None:
         committed = self._committed()
+        self._settle_retired(committed)
         shards = sorted(shard for shard in committed if shard not in self._loaded)
         return (committed, shards) if shards else None
 
     def _read(self, shard: int, committed: frozenset[int]) -> _ShardLoad:
+        plan, table = self._plan(shard, committed)
+        rows, cut = self._rows(shard, table, plan) if plan.upsert else ([], 0)
+        return _ShardLoad(plan, rows, cut, self.dataset.describe_object(layout.commit_key(shard)).crc32c)
+
+    def _plan(self, shard: int, committed: frozenset[int]) -> tuple[ShardPlan, pa.Table]:
         marker = self.dataset.marker(shard)
         if marker is None:
             raise CorruptStore(f"{self.dataset.url}/{layout.commit_key(shard)} is missing")
@@ -300,8 +340,7 @@ class Loader:
             known=self._require_index().versions(list(dict.fromkeys(ids))),
             status_of=status_reader(self.dataset, committed),
         )
-        rows, cut = self._rows(shard, table, plan) if plan.upsert else ([], 0)
-        return _ShardLoad(plan, rows, cut, self.dataset.describe_object(layout.commit_key(shard)).crc32c)
+        return plan, table
 
     def _rows(self, shard: int, table: pa.Table, plan: ShardPlan) -> tuple[list[dict[str, Any]], int]:
         vectors = np.asarray(self.dataset.vectors(shard), dtype=np.float32)
@@ -323,16 +362,6 @@ class Loader:
         if self._index is None:
             raise RuntimeError("the loader is not prepared")
         return self._index
-
-
-def status_reader(dataset: Dataset, committed: frozenset[int]) -> StatusOf:
-    """The committed status of (shard, row); None for shards outside of `committed`."""
-
-    def status_of(shard: int, row: int) -> int | None:
-        marker = dataset.marker(shard) if shard in committed else None
-        return None if marker is None else int(marker.statuses[row])
-
-    return status_of
 
 
 def require_collection(state: CollectionState, wanted: CollectionDescription) -> None:

@@ -153,6 +153,11 @@ class MilvusTarget:
         """Make everything acknowledged durable."""
         await self._call("flush", self._client.flush, self._name, timeout=_CALL_S)
 
+    async def compact(self) -> None:
+        """Have a server rewrite its segments without what was deleted, when it gets to it."""
+        if not self.lite:
+            await self._call("compact", self._client.compact, self._name, timeout=_CALL_S)
+
     async def make_searchable(self) -> None:
         """Build the index where there is none, or a damaged one, and load.
 

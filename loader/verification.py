@@ -10,12 +10,12 @@ import numpy as np
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.deciding import Place, StatusOf, newest_decided, status_reader
 from embedmill.dataset.index import DatasetIndex
 from embedmill.dataset.layout import EMBEDDED
 
 from .description import CollectionDescription, default_collection
-from .rows import Place, StatusOf, newest_decided
-from .service import require_collection, status_reader
+from .service import require_collection
 from .target import MilvusTarget
 
 SAMPLE_ROWS = 200

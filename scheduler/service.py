@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import anyio
 from anyio import to_thread
 
 from embedmill.connection import Connection
+from embedmill.dataset.compaction import compact
 from embedmill.dataset.dataset import Dataset
 from embedmill.errors import ConfigurationError, EmbedmillError
 
@@ -20,6 +22,7 @@ from .inbox import InboxAdmission
 from .queue import Queue
 from .reconcile import reconcile
 
+_COMPACT_EVERY_S = 60.0
 _log = logging.getLogger("embedmill.scheduler")
 
 
@@ -57,7 +60,35 @@ async def serve_dataset(
 async def run_scheduler(
     datasets: Sequence[Dataset], queue: Queue, *, stopping: anyio.Event, every_s: float = 5.0
 ) -> None:
-    """Reconcile the datasets with the queue, again and again, until `stopping` is set."""
+    """Reconcile the datasets with the queue, again and again, until `stopping` is set; compact them as they need it."""
+    async with anyio.create_task_group() as group:
+        for dataset in datasets:
+            group.start_soon(_keep_compact, dataset, stopping)
+        await _keep_true(datasets, queue, stopping, every_s)
+
+
+async def _keep_compact(dataset: Dataset, stopping: anyio.Event) -> None:
+    while not stopping.is_set():
+        with anyio.move_on_after(_COMPACT_EVERY_S):
+            await stopping.wait()
+            return
+        try:
+            report = await to_thread.run_sync(partial(compact, dataset, thorough=False, stop=stopping.is_set))
+        except EmbedmillError as error:
+            # Another scheduler is at it, or the dataset is in trouble, which others say louder.
+            _log.debug("%s: not compacted: %s", dataset.url, error)
+            continue
+        except (OSError, RuntimeError, ValueError):
+            _log.exception("%s: unforeseen trouble while compacting; trying again", dataset.url)
+            continue
+        if report.retired:
+            _log.info(
+                "%s: compacted %d shards into %d, %d rows are gone",
+                dataset.url, report.retired, report.written, report.dropped,
+            )  # fmt: skip
+
+
+async def _keep_true(datasets: Sequence[Dataset], queue: Queue, stopping: anyio.Event, every_s: float) -> None:
     housekeeping = {dataset.url: Housekeeping(dataset) for dataset in datasets}
     while not stopping.is_set():
         for dataset in datasets:

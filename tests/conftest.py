@@ -16,9 +16,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.object_server import ObjectServer
 
 ROOT = Path(__file__).parent.parent
 _CHILDREN_END_WITHIN_S = 10.0
@@ -158,3 +161,25 @@ def python_docs(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> Path:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[ObjectServer]:
+    """An S3 server on loopback, with the bucket `texts`."""
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto.server")
+    from tests.object_server import ObjectServer
+
+    server = ObjectServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_folder(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URL of an empty prefix, which this process and what it starts can reach."""
+    for name, value in (object_server.environment | {"EMBEDMILL_CACHE": str(tmp_path / "cache")}).items():
+        monkeypatch.setenv(name, value)
+    object_server.forget()
+    return f"s3://texts/{uuid.uuid4().hex}"

@@ -8,8 +8,8 @@ from pathlib import Path
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import DatasetInfo
+from embedmill.dataset.local_store import LocalStore
 from embedmill.dataset.passages import Passage, ShardOrigin
-from embedmill.dataset.store import LocalStore
 from embedmill.documents import Cursor, SourceDocument, hash16
 from embedmill.embedder import EmbedderSpec
 

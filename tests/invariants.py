@@ -47,15 +47,19 @@ def check_dataset(url: str | Path, *, source: Mapping[str, str] | None = None, a
     root = Path(dataset.url)
     shards = _check_log(root)
     newest: dict[str, tuple[int, str | None]] = {}
+    retired = dataset.retired()
     for shard in shards:
         table = pq.read_table(root / layout.documents_key(shard))
-        assert 0 < table.num_rows <= dataset.info.shard_rows, f"shard {shard} has {table.num_rows} rows"
+        assert table.num_rows <= dataset.info.shard_rows, f"shard {shard} has {table.num_rows} rows"
+        assert (table.num_rows == 0) == dataset.origin(shard).erased, f"shard {shard} has {table.num_rows} rows"
         _check_versions(dataset, shard, table, newest)
         marker = dataset.marker(shard)
+        if shard in retired and table.num_rows == 0:
+            continue
         if marker is not None:
             _check_marker(root, dataset, marker, table)
             _check_vectors(root, dataset, marker, table)
-    _check_accounts(dataset, shards)
+    _check_accounts(dataset)
     _check_shape(root, dataset)
     _check_fingerprints(root, dataset)
     if source is not None:
@@ -109,7 +113,15 @@ def _check_log(root: Path) -> list[int]:
 
 
 def _check_versions(dataset: Dataset, shard: int, table: pa.Table, newest: dict[str, tuple[int, str | None]]) -> None:
-    columns, retries = table.to_pydict(), dataset.origin(shard).retries
+    columns, origin = table.to_pydict(), dataset.origin(shard)
+    retries = origin.retries
+    if origin.replaces:
+        # It holds what others held, whatever came in between.
+        for id_, version, text, deleted in zip(
+            columns["id"], columns["version"], columns["text"], columns["deleted"], strict=True
+        ):
+            newest[id_] = max(newest.get(id_, (0, None)), (version, None if deleted else text), key=lambda one: one[0])
+        return
     for row, (id_, version, text) in enumerate(zip(columns["id"], columns["version"], columns["text"], strict=True)):
         before, text_before = newest.get(id_, (0, None))
         if row in retries:
@@ -122,24 +134,29 @@ def _check_versions(dataset: Dataset, shard: int, table: pa.Table, newest: dict[
 
 def _check_retry(dataset: Dataset, place: tuple[int, int], id_: str, version: int) -> None:
     """Only what failed is tried again."""
+    if place[0] in dataset.retired():
+        return
     marker = dataset.marker(place[0])
     failed = {(f.row, f.id, f.version) for f in marker.failures} if marker is not None else set()
     assert (place[1], id_, version) in failed, f"row {place[1]} of shard {place[0]} was tried again and had not failed"
 
 
-def _check_accounts(dataset: Dataset, shards: list[int]) -> None:
+def _check_accounts(dataset: Dataset) -> None:
     """Every accepted (id, version) ends in exactly one status, and the summary says how many in each."""
     found: dict[tuple[str, int], Status] = {}
-    for shard in shards:
+    for shard in sorted({*dataset.committed(), *dataset.owed()}):
         columns = dataset.documents(shard, columns=["id", "version"])[0].to_pydict()
         marker = dataset.marker(shard)
         for row, key in enumerate(zip(columns["id"], columns["version"], strict=True)):
-            found[key] = "owed" if marker is None else layout.STATUSES[int(marker.statuses[row])]
+            status: Status = "owed" if marker is None else layout.STATUSES[int(marker.statuses[row])]
+            # What failed may be tried again elsewhere.
+            found[key] = found.get(key, status) if status == "failed" else status
     summary = summarize(dataset)
-    counted = {status: getattr(summary, status) for status in layout.STATUSES}
-    expected = {status: sum(found_status == status for found_status in found.values()) for status in layout.STATUSES}
+    counted = {name: getattr(summary, name) for name in layout.STATUSES}
+    expected = {name: sum(found_name == name for found_name in found.values()) for name in layout.STATUSES}
     assert counted == expected, f"the summary counts {counted}, and the log says {expected}"
-    assert summary.admitted == len(found), f"{summary.admitted} are counted as accepted, and {len(found)} are"
+    accepted = len(found) + summary.removed
+    assert summary.admitted == accepted, f"{summary.admitted} are counted as accepted, and {accepted} are"
 
 
 def _check_marker(root: Path, dataset: Dataset, marker: Marker, table: pa.Table) -> None:

@@ -6,13 +6,11 @@ has retired it and, if it was written as a replacement, when a retirement has pu
 
 from __future__ import annotations
 
-import io
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +21,15 @@ from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExis
 from . import layout
 from .index import INDEXED_COLUMNS, DatasetIndex
 from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
+from .local_folder import local_folder
+from .local_store import LocalStore
 from .passages import Passage, ShardOrigin, decode_passages, encode_passages, passages_table, read_footer
 from .rowless import decode_rowless, encode_rowless
-from .shard import crc32c, decode_shard, encode_shard
-from .store import LocalStore, Store, open_store
+from .shard import DecodedShard, EncodedShard, crc32c, decode_shard, encode_shard
+from .store import Store, open_store
 from .zarr_metadata import create_metadata, raise_shape, shape_of
 
-_DAMAGED_FOLDER = "damaged"
+DAMAGED_FOLDER = "damaged"
 
 
 def now_iso() -> str:
@@ -39,12 +39,14 @@ def now_iso() -> str:
 @dataclass(frozen=True, slots=True)
 class Admission:
     """What is asked again and again of an admitted shard. text_bytes: about; retries: row -> (shard, row) of the failure
-    tried again."""
+    tried again; replaces: the shards that it was written to replace; max_version: None where it is not known."""
 
     job: str
     rows: int
     text_bytes: int
     retries: Mapping[int, tuple[int, int]]
+    replaces: tuple[int, ...] = ()
+    max_version: int | None = None
 
 
 class Dataset:
@@ -56,6 +58,7 @@ class Dataset:
         self._markers: dict[int, Marker] = {}
         self._admissions: dict[int, Admission] = {}
         self._put_aside: dict[str, frozenset[int]] = {}
+        self._retirements: dict[str, Retirement] = {}
 
     @classmethod
     def open(cls, url: str) -> Dataset:
@@ -107,7 +110,7 @@ class Dataset:
 
     def open_index(self) -> DatasetIndex:
         """The index on disk, caught up with the log."""
-        index = DatasetIndex(self._index_folder() / "index.sqlite", dataset_id=self.info.id)
+        index = DatasetIndex(local_folder(self.store, self.info.id) / "index" / "index.sqlite", dataset_id=self.info.id)
         last = index.next_shard - 1
         if last >= 0 and not self.store.exists(layout.documents_key(last)):
             # Somebody has put an older log in its place.
@@ -116,7 +119,9 @@ class Dataset:
         return index
 
     def catch_up(self, index: DatasetIndex) -> None:
-        """Absorb what the index does not have yet: shards of the log, and batches that made no row."""
+        """Absorb what the index does not have yet: shards of the log, batches that made no row, retirements."""
+        # Looked at first: the log has every shard that they name.
+        retirements = self.retirements()
         while (data := self.store.read_or_none(layout.documents_key(shard := index.next_shard))) is not None:
             table, origin = decode_passages(data, name=self._name(layout.documents_key(shard)), columns=INDEXED_COLUMNS)
             index.absorb(shard, table, origin)
@@ -124,6 +129,8 @@ class Dataset:
         batches, size = decode_rowless(self.store.read_from(layout.BATCHES_KEY, begin))
         if size:
             index.absorb_rowless(batches, begin=begin, end=begin + size)
+        for number in range(index.retirements, len(retirements)):
+            self._absorb_retirement(index, number, retirements[number])
 
     def keep_rowless(self, batches: Sequence[tuple[str, int]]) -> None:
         """Note, durably, batches of the inbox that made no row, as key and record: the log's shards do not name them."""
@@ -161,10 +168,15 @@ class Dataset:
         """The job of a shard and its size, without reading its rows. Shards of the log never change, so it is read once."""
         if shard not in self._admissions:
             key = layout.documents_key(shard)
-            source = self.store.path(key) if isinstance(self.store, LocalStore) else io.BytesIO(self.store.read(key))
-            footer = read_footer(source, name=self._name(key))
+            with self.store.open(key) as source:
+                footer = read_footer(source, name=self._name(key))
             self._admissions[shard] = Admission(
-                footer.origin.job, footer.rows, footer.text_bytes, footer.origin.retries
+                footer.origin.job,
+                footer.rows,
+                footer.text_bytes,
+                footer.origin.retries,
+                footer.origin.replaces,
+                footer.max_version,
             )
         return self._admissions[shard]
 
@@ -179,42 +191,78 @@ class Dataset:
             self._markers[shard] = Marker.from_bytes(data, name=self._name(key))
         return self._markers[shard]
 
+    def stored_markers(self) -> set[int]:
+        """Numbers of the shards that have a marker, whether or not they count."""
+        return set(layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json"))
+
     def committed(self) -> list[int]:
         """Numbers of the live committed shards, in order."""
-        markers = layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json")
-        retired, placed = self._retirements()
+        while True:
+            retirements = self.retirements()
+            markers = sorted(self.stored_markers())
+            # A switch in between would show neither side of it.
+            if len(self.retirements()) == len(retirements):
+                break
+        retired, placed = self._switched()
         live = [shard for shard in markers if shard not in retired]
+        self._read_markers(live)
         return [shard for shard in live if shard in placed or not self._require_marker(shard).replaces]
 
+    def retirements(self) -> list[Retirement]:
+        """What was retired so far, in order. Each object is read once: they never change."""
+        for name in self.store.names(layout.RETIREMENTS_FOLDER):
+            if name not in self._retirements:
+                key = f"{layout.RETIREMENTS_FOLDER}/{name}"
+                self._retirements[name] = Retirement.from_bytes(self.store.read(key), name=self._name(key))
+        return [self._retirements[name] for name in sorted(self._retirements)]
+
+    def retired(self) -> frozenset[int]:
+        """Shards that do not count any more, whatever is still stored of them."""
+        return frozenset(self._switched()[0])
+
+    def retire(self, retirement: Retirement) -> bool:
+        """Switch from the retired shards to their replacements, at once for everybody; False, and nothing has changed, when
+        one of them does not count any more: somebody else was faster."""
+        while True:
+            before = self.retirements()
+            if {*retirement.retired, *retirement.replacements} & self._switched()[0]:
+                return False
+            with suppress(ObjectExists):
+                self.store.create(layout.retirement_key(len(before)), retirement.to_bytes())
+                return True
+
     def owed(self) -> list[int]:
-        """Numbers of the admitted shards without a marker, in order.
+        """Numbers of the admitted shards that somebody has to embed, in order: those without a marker, but for retired
+        shards, and for replacements that nobody has finished.
 
         Raises CorruptStore for a marker without documents: its number would be given again.
         """
-        markers = set(layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json"))
+        markers = self.stored_markers()
         admitted = self.admitted()
         orphans = markers.difference(admitted)
         if orphans:
             raise CorruptStore(f"{self._name(layout.documents_key(min(orphans)))} is missing, and its marker is there")
-        return [shard for shard in admitted if shard not in markers]
+        retired, _ = self._switched()
+        left = [shard for shard in admitted if shard not in markers and shard not in retired]
+        return [shard for shard in left if not self.admission(shard).replaces]
 
     def create_vectors(self, shard: int, vectors: NDArray[np.floating]) -> StoredObject:
         """Store a shard's vectors, (n, dimensions), NaN where a row has none. Raises ObjectExists."""
-        data = encode_shard(
+        encoded = encode_shard(
             vectors.astype(self.info.dtype, copy=False),
             shard_rows=self.info.shard_rows,
             chunk_rows=self.info.chunk_rows,
         )
-        self.store.create(layout.vectors_key(shard), data)
-        return describe(data)
+        self.store.create(layout.vectors_key(shard), encoded.parts)
+        return _stored(encoded)
 
     def stored_vectors(self, shard: int, *, rows: int) -> tuple[NDArray[np.floating], StoredObject] | None:
         """A shard's stored vectors (rows, dimensions), every checksum verified, marker or not; None when there are none."""
         key = layout.vectors_key(shard)
-        data = self.store.read_or_none(key)
+        data = self.store.read_buffer(key)
         if data is None:
             return None
-        values = decode_shard(
+        decoded = decode_shard(
             data,
             rows=rows,
             dimensions=self.info.dimensions,
@@ -223,7 +271,7 @@ class Dataset:
             chunk_rows=self.info.chunk_rows,
             name=self._name(key),
         )
-        return values, describe(data)
+        return decoded.vectors, _stored(decoded)
 
     def vectors(self, shard: int) -> NDArray[np.floating]:
         """The vectors of a committed shard, (rows, dimensions); NaN where the row is not embedded.
@@ -239,7 +287,7 @@ class Dataset:
         if stored is None:
             raise CorruptStore(f"{self._name(key)} is missing, and its marker says that it was written")
         values, found = stored
-        if found != promised:
+        if not promised.is_met_by(found):
             raise CorruptStore(f"{self._name(key)} is not what was committed: {found} instead of {promised}")
         hidden = marker.statuses != layout.EMBEDDED
         if hidden.any():
@@ -261,20 +309,25 @@ class Dataset:
         for key in (layout.commit_key(shard), layout.vectors_key(shard)):
             data = self.store.read_or_none(key)
             if data is not None:
-                self.store.create(f"{_DAMAGED_FOLDER}/{stamp}/{key}", data)
+                self.store.create(f"{DAMAGED_FOLDER}/{stamp}/{key}", data)
                 self.store.delete(key)
         self._markers.pop(shard, None)
 
     def forget_put_aside(self) -> frozenset[int]:
         """Have markers read anew that any process has ever put aside; the shards. Cheap where nothing was."""
-        for stamp in self.store.names(_DAMAGED_FOLDER):
+        for stamp in self.store.names(DAMAGED_FOLDER):
             if not self._put_aside.get(stamp):
-                names = self.store.names(f"{_DAMAGED_FOLDER}/{stamp}/{layout.COMMITS_FOLDER}")
+                names = self.store.names(f"{DAMAGED_FOLDER}/{stamp}/{layout.COMMITS_FOLDER}")
                 self._put_aside[stamp] = frozenset(layout.numbers(names, suffix=".json"))
         shards = frozenset[int]().union(*self._put_aside.values())
         for shard in shards:
             self._markers.pop(shard, None)
         return shards
+
+    def forget(self, shard: int) -> None:
+        """Have the marker and the admission of a shard read anew: it was erased."""
+        self._markers.pop(shard, None)
+        self._admissions.pop(shard, None)
 
     def describe_object(self, key: str) -> StoredObject:
         """Size and checksum of an object as it is stored now."""
@@ -325,10 +378,19 @@ class Dataset:
                 return changed
 
     def _end_of_committed(self) -> int:
-        markers = layout.numbers(self.store.names(layout.COMMITS_FOLDER), suffix=".json")
+        markers = sorted(self.stored_markers())
         if not markers:
             return 0
         return markers[-1] * self.info.shard_rows + self._require_marker(markers[-1]).rows
+
+    def _read_markers(self, shards: Sequence[int]) -> None:
+        """Remember those that are not yet, together: it is many where a dataset is opened."""
+        unread = [shard for shard in shards if shard not in self._markers]
+        if len(unread) > 1:
+            keys = [layout.commit_key(shard) for shard in unread]
+            for shard, key, data in zip(unread, keys, self.store.read_many(keys), strict=True):
+                if data is not None:
+                    self._markers[shard] = Marker.from_bytes(data, name=self._name(key))
 
     def _require_marker(self, shard: int) -> Marker:
         marker = self.marker(shard)
@@ -336,23 +398,26 @@ class Dataset:
             raise CorruptStore(f"{self._name(layout.commit_key(shard))} is missing")
         return marker
 
-    def _retirements(self) -> tuple[set[int], set[int]]:
+    def _switched(self) -> tuple[set[int], set[int]]:
+        """Shards that were retired, and shards that were put in their place."""
         retired: set[int] = set()
         placed: set[int] = set()
-        for name in self.store.names(layout.RETIREMENTS_FOLDER):
-            key = f"{layout.RETIREMENTS_FOLDER}/{name}"
-            retirement = Retirement.from_bytes(self.store.read(key), name=self._name(key))
+        for retirement in self.retirements():
             retired.update(retirement.retired)
             placed.update(retirement.replacements)
         return retired, placed
 
-    def _index_folder(self) -> Path:
-        if not isinstance(self.store, LocalStore):
-            raise ConfigurationError(f"{self.url}: no place for the index of a dataset that is not a folder")
-        return self.store.path("index")
+    def _absorb_retirement(self, index: DatasetIndex, number: int, retirement: Retirement) -> None:
+        old = {shard: self.documents(shard, columns=INDEXED_COLUMNS)[0] for shard in retirement.retired}
+        new = {shard: self.documents(shard, columns=INDEXED_COLUMNS) for shard in retirement.replacements}
+        index.absorb_retirement(number, old=old, new=new)
 
     def _name(self, key: str) -> str:
         return f"{self.url}/{key}"
+
+
+def _stored(shard: EncodedShard | DecodedShard) -> StoredObject:
+    return StoredObject(shard.size, f"{shard.crc32c:08x}", f"{shard.values_crc32c:08x}")
 
 
 def describe(data: bytes) -> StoredObject:
@@ -368,12 +433,11 @@ def _create_once(store: Store, key: str, data: bytes) -> None:
 
 
 def _refuse_foreign_folder(store: Store) -> None:
-    if isinstance(store, LocalStore) and store.root.exists():
-        if not store.root.is_dir():
-            raise ConfigurationError(f"{store.url} is a file: --to takes a folder, which may be new")
-        foreign = [name for name in store.names("") if not name.startswith(".")]
-        if foreign:
-            raise ConfigurationError(
-                f"{store.url} is a folder with other things in it ({foreign[0]}, ...): "
-                "--to takes a new or empty folder, or a dataset"
-            )
+    if isinstance(store, LocalStore) and store.root.exists() and not store.root.is_dir():
+        raise ConfigurationError(f"{store.url} is a file: --to takes a folder, which may be new")
+    foreign = [name for name in store.names("") if not name.startswith(".")]
+    if foreign:
+        raise ConfigurationError(
+            f"{store.url} is a folder with other things in it ({foreign[0]}, ...): "
+            "--to takes a new or empty folder, or a dataset"
+        )

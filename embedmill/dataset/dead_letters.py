@@ -47,7 +47,7 @@ def failed_rows(dataset: Dataset) -> list[FailedRow]:
     ]
     if not failures:
         return []
-    retried, dropped = retried_places(dataset), _dropped(dataset)
+    retried, dropped = retried_places(dataset), dropped_places(dataset)
     left = [(shard, failure) for shard, failure in failures if (shard, failure.row) not in retried]
     newest = _newest_versions(dataset, {failure.id for _, failure in left})
 
@@ -69,7 +69,18 @@ def retried_places(dataset: Dataset) -> set[Place]:
             places.update(marker.retries.values())
     for shard in dataset.owed():
         places.update(dataset.admission(shard).retries.values())
-    return places
+    return places | _moved(dataset, committed, places)
+
+
+def _moved(dataset: Dataset, committed: Iterable[int], places: Collection[Place]) -> set[Place]:
+    """Where failures stand now that were tried again by the place that they had before their shard was rewritten."""
+    moved: set[Place] = set()
+    for shard in committed:
+        marker = dataset.marker(shard)
+        if marker is not None and marker.replaces and marker.failures:
+            carried = dataset.origin(shard).carried
+            moved.update((shard, f.row) for f in marker.failures if carried.get(f.row) in places)
+    return moved
 
 
 def drop_letters(dataset: Dataset, letters: Iterable[FailedRow]) -> int:
@@ -93,7 +104,8 @@ def _line(letter: FailedRow) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _dropped(dataset: Dataset) -> Collection[Place]:
+def dropped_places(dataset: Dataset) -> set[Place]:
+    """Failures that somebody has acknowledged."""
     return _parse(dataset.store.read_or_none(layout.DROPPED_KEY))
 
 

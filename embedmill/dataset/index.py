@@ -9,7 +9,7 @@ import fcntl
 import json
 import shutil
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..documents import KEYLESS_PREFIX, Cursor
 from ..errors import StorageError
 from .passages import ShardOrigin
 
-_SCHEMA_VERSION = 4
+_SCHEMA_VERSION = 5
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS passages (
   id TEXT NOT NULL, version INTEGER NOT NULL, shard INTEGER NOT NULL, row INTEGER NOT NULL,
@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS shards (
   shard INTEGER PRIMARY KEY, rows INTEGER NOT NULL, replaces INTEGER NOT NULL, batches INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS shards_with_batches ON shards (shard) WHERE batches > 0;
+CREATE TABLE IF NOT EXISTS retirements (number INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS rowless (one INTEGER PRIMARY KEY CHECK (one = 1), read_bytes INTEGER NOT NULL);
 """
 _COLUMNS = ("id", "version", "text_hash", "metadata_hash", "deleted", "group")
@@ -94,17 +95,47 @@ class DatasetIndex:
             pushes = self._remember_pushes(origin, rows=table.num_rows)
             # A replacement counts when a retirement has put it in place, and until then the old rows are the place.
             if not origin.replaces:
-                values = zip(*(table.column(name).to_pylist() for name in _COLUMNS), strict=True)
-                self._connection.executemany(
-                    'INSERT OR REPLACE INTO passages (id, version, text_hash, metadata_hash, deleted, "group",'
-                    " shard, row, push) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    ((*value, shard, row, pushes[row]) for row, value in enumerate(values)),
-                )
+                self._add_passages(shard, table, pushes=pushes)
             self._execute(
                 "INSERT INTO shards (shard, rows, replaces, batches) VALUES (?, ?, ?, ?)",
                 (shard, table.num_rows, len(origin.replaces), len(origin.batches)),
             )
             self._remember_batches(origin)
+        return True
+
+    @property
+    def retirements(self) -> int:
+        """How many retirements were absorbed."""
+        return int(self._execute("SELECT count(*) FROM retirements")[0][0])
+
+    def absorb_retirement(
+        self, number: int, *, old: Mapping[int, pa.Table], new: Mapping[int, tuple[pa.Table, ShardOrigin]]
+    ) -> bool:
+        """Move rows to the shards that replace theirs, and forget those that are in none; False when somebody did.
+
+        old, new: what is left of the documents of each retired shard, and those of its replacements. A place elsewhere stays
+        as it is: that row tries again what failed here.
+        """
+        with self._transaction():
+            if self.retirements != number:
+                return False
+            for shard, (table, origin) in new.items():
+                keys = list(zip(*_lists(table, ("id", "version")), strict=True))
+                self._connection.executemany(
+                    "UPDATE passages SET shard = ?, row = ? WHERE id = ? AND version = ? AND shard = ?",
+                    ((shard, row, *keys[row], place[0]) for row, place in origin.carried.items()),
+                )
+                self._add_passages(shard, table, pushes=[0] * table.num_rows, over="IGNORE")
+            for shard, table in old.items():
+                self._connection.executemany(
+                    "DELETE FROM passages WHERE id = ? AND version = ? AND shard = ?",
+                    ((*key, shard) for key in zip(*_lists(table, ("id", "version")), strict=True)),
+                )
+            self._connection.executemany(
+                "UPDATE shards SET rows = 0, replaces = 0 WHERE shard = ?", ((shard,) for shard in old)
+            )
+            self._connection.executemany("UPDATE shards SET replaces = 0 WHERE shard = ?", ((shard,) for shard in new))
+            self._execute("INSERT INTO retirements (number) VALUES (?)", (number,))
         return True
 
     @property
@@ -126,7 +157,7 @@ class DatasetIndex:
     def clear(self) -> None:
         """Forget everything."""
         with self._transaction():
-            for table in ("passages", "pushes", "batches", "shards", "rowless"):
+            for table in ("passages", "pushes", "batches", "shards", "retirements", "rowless"):
                 self._execute(f"DELETE FROM {table}")
 
     def newest(self, ids: Sequence[str]) -> dict[str, Known]:
@@ -223,10 +254,33 @@ class DatasetIndex:
                 "SELECT id, max(version), shard, row FROM passages GROUP BY id ORDER BY id"
             )
 
+    def newest_rows_by_shard(self) -> dict[int, int]:
+        """How many ids have their highest version in each shard; shards without any are missing."""
+        return dict(
+            self._execute(
+                "SELECT shard, count(*) FROM (SELECT max(version), shard FROM passages GROUP BY id) GROUP BY shard"
+            )
+        )
+
+    def shred(self) -> None:
+        """Leave nothing in the file's journal of what was deleted."""
+        self._execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def unplaced(self) -> list[int]:
+        """Replacements that are in no retirement."""
+        return [shard for (shard,) in self._execute("SELECT shard FROM shards WHERE replaces > 0 ORDER BY shard")]
+
     @property
     def rows(self) -> int:
-        """Rows of the log that the index has absorbed."""
-        return int(self._execute("SELECT coalesce(sum(rows), 0) FROM shards")[0][0])
+        """Rows of the log that the index has absorbed, but for retired ones, and for replacements that are not in place."""
+        return int(self._execute("SELECT coalesce(sum(rows), 0) FROM shards WHERE replaces = 0")[0][0])
+
+    def _add_passages(self, shard: int, table: pa.Table, *, pushes: Sequence[int], over: str = "REPLACE") -> None:
+        self._connection.executemany(
+            f'INSERT OR {over} INTO passages (id, version, text_hash, metadata_hash, deleted, "group",'
+            " shard, row, push) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            ((*value, shard, row, pushes[row]) for row, value in enumerate(zip(*_lists(table, _COLUMNS), strict=True))),
+        )
 
     def _remember_pushes(self, origin: ShardOrigin, *, rows: int) -> list[int]:
         """Note how far each push was read; the number of the push that each row came from (0: none)."""
@@ -288,6 +342,8 @@ class DatasetIndex:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.executescript(_SCHEMA)
         connection.execute("PRAGMA temp_store = FILE")
+        # What was purged is not to be found in pages that are free.
+        connection.execute("PRAGMA secure_delete = ON")
         connection.execute("CREATE TEMP TABLE unchanged (push TEXT, id TEXT, PRIMARY KEY (push, id)) WITHOUT ROWID")
         stamp = f"{_SCHEMA_VERSION}:{self._dataset_id}"
         connection.execute("CREATE TABLE IF NOT EXISTS stamp (value TEXT PRIMARY KEY)")
@@ -326,6 +382,10 @@ class DatasetIndex:
 
 class _Outdated(Exception):
     """The file is of another dataset or of another release."""
+
+
+def _lists(table: pa.Table, columns: Sequence[str]) -> list[list[Any]]:
+    return [table.column(name).to_pylist() for name in columns]
 
 
 def _batch_row(key: str, record: int, shard: int) -> tuple[str, int, int, int]:

@@ -31,6 +31,8 @@ RETIREMENTS_FOLDER = "retirements"
 JOBS_FOLDER = "jobs"
 SPEND_FOLDER = "spend"
 CHECKPOINTS_FOLDER = "checkpoints"
+LOADS_FOLDER = "loads"
+INTENT_SUFFIX = ".intent.json"
 DROPPED_KEY = "dead/dropped.jsonl"
 TOKENS_KEY = "tokens.json"
 BATCHES_KEY = "batches.jsonl"
@@ -75,6 +77,10 @@ def job_names(names: Sequence[str]) -> list[str]:
     """Jobs of object names like `main.json`; other names are not ours and are passed over."""
     stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
     return [stem for stem in stems if NAME.fullmatch(stem)]
+
+
+def retirement_key(number: int) -> str:
+    return f"{RETIREMENTS_FOLDER}/{number:08d}.json"
 
 
 def spend_key(worker: str) -> str:
@@ -197,10 +203,20 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """Size and crc32c (8 hex digits) of a stored object."""
+    """Size and crc32c (8 hex digits) of a stored object. values_crc32c: of a shard's values alone; empty for other objects,
+    and in markers of the first release."""
 
     bytes: int
     crc32c: str
+    values_crc32c: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"bytes": self.bytes, "crc32c": self.crc32c}
+        return {**record, "values_crc32c": self.values_crc32c} if self.values_crc32c else record
+
+    def is_met_by(self, found: StoredObject) -> bool:
+        """True when what is stored is what was promised here, as far as that was said."""
+        return found == (self if self.values_crc32c else replace(self, values_crc32c=found.values_crc32c))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +268,7 @@ class Marker:
                 "attempt": self.attempt,
                 "worker": self.worker,
                 "committed_at": self.committed_at,
-                "objects": {key: {"bytes": o.bytes, "crc32c": o.crc32c} for key, o in self.objects.items()},
+                "objects": {key: stored.as_dict() for key, stored in self.objects.items()},
             }
         )
 
@@ -349,12 +365,18 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Retirement:
-    """`retirements/N.json`: old shards and what replaces them, switched by the creation of this object."""
+    """`retirements/N.json`: old shards and what replaces them, switched by the creation of this object.
+
+    dropped: how many accepted (id, version) the retired shards had and the replacements do not, since a higher version
+    overrules them or they were erased; job: whose they were.
+    """
 
     retired: tuple[int, ...]
     replacements: tuple[int, ...]
     reason: str
     created_at: str
+    job: str = ""
+    dropped: int = 0
 
     def to_bytes(self) -> bytes:
         return to_json(
@@ -364,6 +386,8 @@ class Retirement:
                 "replacements": list(self.replacements),
                 "reason": self.reason,
                 "created_at": self.created_at,
+                "job": self.job,
+                "dropped": self.dropped,
             }
         )
 
@@ -372,7 +396,14 @@ class Retirement:
         record = from_json(data, name=name)
         check_version(record, name=name)
         try:
-            return cls(tuple(record["retired"]), tuple(record["replacements"]), record["reason"], record["created_at"])
+            return cls(
+                tuple(record["retired"]),
+                tuple(record["replacements"]),
+                record["reason"],
+                record["created_at"],
+                record["job"],
+                record["dropped"],
+            )
         except (KeyError, TypeError) as error:
             raise CorruptStore(f"{name} is incomplete: {error}") from error
 

@@ -10,8 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,8 +119,10 @@ def encode_passages(table: pa.Table) -> bytes:
 def decode_passages(data: bytes, *, name: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, ShardOrigin]:
     """The rows, or some columns of them, and their origin. Raises CorruptStore, naming the object."""
     try:
-        table = pq.read_table(io.BytesIO(data), columns=list(columns) if columns else None)
-    except (pa.ArrowException, OSError) as error:
+        # A shard is too small for what threads cost.
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            table = file.read(columns=list(columns) if columns else None, use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptStore(f"{name} is not readable Parquet: {error}") from error
     raw = (table.schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
@@ -131,28 +132,32 @@ def decode_passages(data: bytes, *, name: str, columns: Sequence[str] | None = N
 
 @dataclass(frozen=True, slots=True)
 class PassagesFooter:
-    """What the end of a Parquet object tells. text_bytes: of its texts, before compression."""
+    """What the end of a Parquet object tells. text_bytes: of its texts, before compression; max_version: None where the
+    writer left no statistics."""
 
     rows: int
     text_bytes: int
     origin: ShardOrigin
+    max_version: int | None
 
 
-def read_footer(source: Path | io.BytesIO, *, name: str) -> PassagesFooter:
-    """Reads nothing else. Raises CorruptStore, naming the object, also where there is none."""
+def read_footer(source: BinaryIO, *, name: str) -> PassagesFooter:
+    """Reads nothing else. Raises CorruptStore, naming the object."""
     try:
         metadata = pq.read_metadata(source)
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         columns = [group.column(number) for group in groups for number in range(group.num_columns)]
         text_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
-    except FileNotFoundError as error:
-        raise CorruptStore(f"{name} is missing") from error
+        statistics = [column.statistics for column in columns if column.path_in_schema == "version"]
+        versions = [one.max if one is not None and one.has_min_max else None for one in statistics]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptStore(f"{name} is not readable Parquet: {error}") from error
     raw = (metadata.metadata or {}).get(_METADATA_KEY)
     if raw is None:
         raise CorruptStore(f"{name} has no embedmill metadata")
-    return PassagesFooter(metadata.num_rows, text_bytes, _origin_from_json(raw, name=name))
+    stated = [version for version in versions if version is not None]
+    max_version = max(stated, default=0) if len(stated) == len(versions) else None
+    return PassagesFooter(metadata.num_rows, text_bytes, _origin_from_json(raw, name=name), max_version)
 
 
 def _origin_to_json(origin: ShardOrigin) -> bytes:

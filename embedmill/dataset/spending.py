@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from ..errors import EmbedmillError
 from . import layout
@@ -16,6 +16,8 @@ from .dataset import Dataset
 from .submissions import Intent, Submissions
 
 _OF_A_BATCH = re.compile(r"batch-[0-9a-f]{16}\.log")
+# Some twenty requests; a busy minute takes more, and is read from further back.
+_END_BYTES, _FURTHER = 4 * 1024, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,9 @@ class SpendLogs:
         return self._read.get(name, 0) > 0
 
     def _new_lines(self) -> Iterator[tuple[str, Spent]]:
-        for name in self._dataset.store.names(layout.SPEND_FOLDER):
+        for name, size in self._dataset.store.sizes(layout.SPEND_FOLDER).items():
             begin = self._read.get(name, 0)
-            if begin and _OF_A_BATCH.fullmatch(name):
-                # Created whole, and nothing is ever appended.
+            if size <= begin:
                 continue
             data = self._dataset.store.read_from(f"{layout.SPEND_FOLDER}/{name}", begin)
             whole = data[: data.rfind(b"\n") + 1]
@@ -99,11 +100,13 @@ class SpendLogs:
 @dataclass(frozen=True, slots=True)
 class Charged:
     """tokens: charged to a job; of_batches: how much of it to batches of the provider's batch endpoint; batches: the most
-    that open ones can cost beyond that."""
+    that open ones can cost beyond that. abandoned: the most that those can cost which nobody fetches any more, since their
+    shards were given up; it is among the other two."""
 
     tokens: int = 0
     of_batches: int = 0
     batches: int = 0
+    abandoned: int = 0
 
 
 class JobAccount:
@@ -121,44 +124,66 @@ class JobAccount:
         # Before the logs: the bill of what ends meanwhile is in these.
         intents = self._open_intents()
         tokens = self._logs.charged(self._job, with_markers=with_markers)
-        # One that was sent before there was a cap has no bound.
+        unbilled = Counter[bool]()
+        for one in intents:
+            if not self._logs.has_read(one.spend_log):
+                # One that was sent before there was a cap has no bound.
+                unbilled[self._dataset.marker(one.shard) is not None] += one.most_tokens or one.tokens
+        abandoned = unbilled[True]
         return Charged(
-            tokens,
-            self._logs.of_batches(self._job),
-            sum(one.most_tokens or one.tokens for one in intents if not self._logs.has_read(one.spend_log)),
+            tokens + abandoned, self._logs.of_batches(self._job) + abandoned, unbilled[False], abandoned=abandoned
         )
 
     def _open_intents(self) -> list[Intent]:
-        places = self._submissions.open_places()
-        owed = set(self._dataset.owed()) if places else set()
         known, self._intents = self._intents, {}
         found = []
-        for place, is_accepted in places.items():
-            if place[0] not in owed or self._dataset.admission(place[0]).job != self._job:
+        for place in self._submissions.open_places():
+            if place.job != self._job:
                 continue
-            intent = known.get(place) or self._submissions.intent(*place)
+            at = (place.shard, place.number)
+            intent = known.get(at) or self._submissions.intent(*at)
             if intent is None:
                 continue
             found.append(intent)
-            if is_accepted:
-                self._intents[place] = intent
+            if place.accepted:
+                self._intents[at] = intent
         return found
 
 
 def spend_lines(dataset: Dataset) -> Iterator[Spent]:
     """Every line of every spend log; one that a crash cut short is passed over."""
     for name in dataset.store.names(layout.SPEND_FOLDER):
-        yield from _parse(dataset.store.read(f"{layout.SPEND_FOLDER}/{name}"))
+        yield from _parse(dataset.store.read_from(f"{layout.SPEND_FOLDER}/{name}", 0))
 
 
-def spent_recently(dataset: Dataset, *, key_id: str, within_s: float = 60.0) -> list[tuple[float, int]]:
-    """What the spend logs say that one key was charged in the last `within_s` seconds, by the clock of this machine.
+def spent_recently(dataset: Dataset, *, within_s: float = 60.0) -> dict[str, list[tuple[float, int]]]:
+    """What the spend logs say that each key was charged in the last `within_s` seconds, by the clock of this machine.
 
-    For each request how many seconds ago, and tokens.
+    By key, for each request how many seconds ago, and tokens. Of a long log only the end is read.
     """
     now = datetime.now(tz=UTC)
-    lines = ((now - line.at, line.charged) for line in spend_lines(dataset) if line.key == key_id)
-    return [(age.total_seconds(), charged) for age, charged in lines if age.total_seconds() < within_s]
+    found: dict[str, list[tuple[float, int]]] = {}
+    for name in dataset.store.names(layout.SPEND_FOLDER):
+        for line in _last_lines(dataset, name, since=now - timedelta(seconds=within_s)):
+            found.setdefault(line.key, []).append(((now - line.at).total_seconds(), line.charged))
+    return found
+
+
+def _last_lines(dataset: Dataset, name: str, *, since: datetime) -> list[Spent]:
+    """Those of a log behind its last one that is older."""
+    size = _END_BYTES
+    while True:
+        data = dataset.store.read_end(f"{layout.SPEND_FOLDER}/{name}", size)
+        is_whole = len(data) < size
+        found: list[Spent] = []
+        for text in reversed(data.splitlines()[0 if is_whole else 1 :]):
+            for line in _parse(text):
+                if line.at <= since:
+                    return found[::-1]
+                found.append(line)
+        if is_whole:
+            return found[::-1]
+        size *= _FURTHER
 
 
 def _parse(data: bytes) -> Iterator[Spent]:

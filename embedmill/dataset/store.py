@@ -1,4 +1,4 @@
-"""Where a dataset's objects live.
+"""Where a dataset's objects live: what a store must do, and the store of a URL.
 
 Three ways of writing and no other: `create` (exclusive, whole, durable, never changed afterwards), `swap` (compare-and-swap,
 for the few small objects that change), `append` (logs). A reader sees an object whole or not at all.
@@ -6,34 +6,49 @@ for the few small objects that change), `append` (logs). A reader sees an object
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import time
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import BinaryIO, Protocol
 
-from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExists, StorageError
+from ..errors import ConfigurationError
+from ..objects import SCHEMES, missing_extra, parse_object_url
+from .local_store import LocalStore
 
 Buffer = bytes | bytearray | memoryview
-_TEMPORARY = ".tmp"
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class Store(Protocol):
-    """Objects by key; keys are relative and use `/`."""
+    """Objects by key; keys are relative and use `/`. Blocking: call it in a thread.
+
+    Every method raises StorageError where the storage refuses or is not to be reached, and ConfigurationError where it
+    cannot be what was meant.
+    """
 
     @property
     def url(self) -> str: ...
 
+    @property
+    def appends_whole(self) -> bool:
+        """Whether an append that fails leaves nothing of itself."""
+        ...
+
     def read(self, key: str) -> bytes:
-        """The whole object. Raises CorruptStore when it is missing, StorageError when it cannot be read."""
+        """The whole object. Raises CorruptStore when it is missing."""
         ...
 
     def read_or_none(self, key: str) -> bytes | None: ...
+
+    def read_buffer(self, key: str) -> memoryview | None:
+        """The whole object, in memory that the caller may write to; None when it is missing."""
+        ...
+
+    def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Small objects, together where that is faster than one by one."""
+        ...
+
+    def open(self, key: str) -> BinaryIO:
+        """The object to be read in parts, its end first at best. Raises CorruptStore when it is missing."""
+        ...
 
     def create(self, key: str, parts: Buffer | Sequence[Buffer]) -> None:
         """Create durably, all or nothing. Raises ObjectExists when the key is taken."""
@@ -43,14 +58,24 @@ class Store(Protocol):
         """Replace exactly `expected` (None: nothing there). Raises ObjectChanged otherwise."""
         ...
 
-    def append(self, key: str, data: bytes, *, durable: bool = False) -> None: ...
+    def append(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        """Add to the end of a log, whoever else does. A log is read by `read_from` and `read_end` alone."""
+        ...
 
     def read_from(self, key: str, offset: int) -> bytes:
-        """What was appended behind so many bytes; empty when there is nothing."""
+        """What stands behind so many bytes of a log, or of an object; empty when there is nothing."""
+        ...
+
+    def read_end(self, key: str, size: int) -> bytes:
+        """The last so many bytes of a log, or of an object; all of a shorter one, empty when there is nothing."""
         ...
 
     def names(self, folder: str) -> list[str]:
-        """Sorted names of the objects directly below a folder; empty when there is none."""
+        """Sorted names of the objects, logs and folders directly below a folder; empty when there is none."""
+        ...
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each object and log directly below a folder, by name, in one look; nothing of what is below folders."""
         ...
 
     def exists(self, key: str) -> bool: ...
@@ -64,188 +89,19 @@ class Store(Protocol):
         ...
 
 
-class LocalStore:
-    """A folder. Durable by fsync of the file and of its folder; exclusive by hard link."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    @property
-    def url(self) -> str:
-        return str(self.root)
-
-    def path(self, key: str) -> Path:
-        return self.root / key
-
-    def read(self, key: str) -> bytes:
-        data = self.read_or_none(key)
-        if data is None:
-            raise CorruptStore(f"{self.path(key)} is missing")
-        return data
-
-    def read_or_none(self, key: str) -> bytes | None:
-        try:
-            return self.path(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            _refuse("read", self.path(key), error)
-
-    def create(self, key: str, parts: Buffer | Sequence[Buffer]) -> None:
-        path = self.path(key)
-        try:
-            temporary = self._write_temporary(path, parts)
-            try:
-                self._publish(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(path.parent)
-        except OSError as error:
-            _refuse("write", path, error)
-
-    def swap(self, key: str, data: bytes, *, expected: bytes | None) -> None:
-        path = self.path(key)
-        try:
-            with self._locked():
-                if self.read_or_none(key) != expected:
-                    raise ObjectChanged(f"{path} was changed by somebody else")
-                temporary = self._write_temporary(path, data)
-                try:
-                    temporary.replace(path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-                _sync_folder(path.parent)
-        except OSError as error:
-            _refuse("write", path, error)
-
-    def append(self, key: str, data: bytes, *, durable: bool = False) -> None:
-        path = self.path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                written = 0
-                while written < len(data):
-                    written += os.write(descriptor, data[written:])
-                if durable:
-                    os.fsync(descriptor)
-                    _sync_folder(path.parent)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            _refuse("write", path, error)
-
-    def read_from(self, key: str, offset: int) -> bytes:
-        path = self.path(key)
-        try:
-            if path.stat().st_size <= offset:
-                return b""
-            with path.open("rb") as file:
-                file.seek(offset)
-                return file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return b""
-        except OSError as error:
-            _refuse("read", path, error)
-
-    def names(self, folder: str) -> list[str]:
-        try:
-            return sorted(e.name for e in os.scandir(self.path(folder)) if not e.name.endswith(_TEMPORARY))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            _refuse("list", self.path(folder), error)
-
-    def exists(self, key: str) -> bool:
-        return self.path(key).exists()
-
-    def delete(self, key: str) -> None:
-        try:
-            self.path(key).unlink(missing_ok=True)
-        except OSError as error:
-            _refuse("delete", self.path(key), error)
-
-    def delete_folder(self, folder: str) -> None:
-        with suppress(OSError):
-            self.path(folder).rmdir()
-
-    def sweep(self, *, older_than_s: float) -> int:
-        """Remove what killed writers left half-written; how many there were."""
-        limit = time.time() - older_than_s
-        removed = 0
-        for path in self.root.rglob(f".*{_TEMPORARY}"):
-            try:
-                if path.stat().st_mtime < limit:
-                    path.unlink()
-                    removed += 1
-            except FileNotFoundError:
-                continue
-        return removed
-
-    def _write_temporary(self, path: Path, parts: Buffer | Sequence[Buffer]) -> Path:
-        _make_folders(path.parent)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
-        buffers = [parts] if isinstance(parts, (bytes, bytearray, memoryview)) else parts
-        try:
-            with temporary.open("xb") as file:
-                for buffer in buffers:
-                    file.write(buffer)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
-
-    def _publish(self, temporary: Path, path: Path) -> None:
-        try:
-            os.link(temporary, path)
-        except FileExistsError as error:
-            raise ObjectExists(f"{path} exists already") from error
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            with self._locked():
-                if path.exists():
-                    raise ObjectExists(f"{path} exists already") from error
-                temporary.rename(path)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
 def open_store(url: str) -> Store:
-    """The store of a dataset URL. Raises ConfigurationError for a scheme that this release does not write."""
+    """The store of a dataset URL. Does not connect. Raises ConfigurationError for one where no dataset can be."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalStore(Path(url).expanduser().absolute())
     if scheme == "file":
         return LocalStore(Path("/" + rest.split("/", 1)[-1] if rest.startswith("localhost/") else rest))
-    raise ConfigurationError(f"{url}: datasets on {scheme}:// are not supported by this release; use a folder")
-
-
-def _make_folders(folder: Path) -> None:
-    """Like mkdir -p, and each new folder durable in the one that holds it."""
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in missing:
-        _sync_folder(part.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    place = None if scheme in ("http", "https") else parse_object_url(url)
+    if place is None:
+        known = ", ".join(f"{one}://" for one in SCHEMES if not one.startswith("http"))
+        raise ConfigurationError(f"{url}: no dataset can be on {scheme}://; use a folder, or {known}")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _refuse(verb: str, path: Path, error: OSError) -> NoReturn:
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise StorageError(f"cannot {verb} {path}: {reason}; free some space and run the same command again") from error
-    raise StorageError(f"cannot {verb} {path}: {reason}; see to the path and its permissions") from error
+        from .object_store import ObjectStore
+    except ImportError:
+        raise missing_extra(url) from None
+    return ObjectStore(place)

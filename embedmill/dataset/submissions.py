@@ -80,7 +80,8 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Nobody can tell what became of it, so a person has to; candidates: batches that it may be."""
+    """Nobody can tell what became of it, or what its batch is worth, so a person has to; candidates: batches that it may
+    be."""
 
     reason: str
     candidates: tuple[str, ...]
@@ -95,6 +96,18 @@ class Ended:
     tokens: int
     reason: str
     at: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPlace:
+    """What the names of its objects tell of one that has not ended. accepted: its batch is known, from when on its intent
+    stays as it is; held: a person has to decide."""
+
+    shard: int
+    number: int
+    job: str
+    accepted: bool
+    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +156,18 @@ class Submissions:
         """0 where nothing was ever sent. To be asked before what is known is read."""
         return max((number for of, number in self._places() if of == shard), default=0)
 
-    def count_open(self, shards: Iterable[int]) -> int:
-        """How many of these shards have not ended. Without reading any of them."""
-        wanted = set(shards)
-        return sum(
-            of in wanted and "intent" in kinds and "end" not in kinds for (of, _), kinds in self._places().items()
-        )
+    def open_places(self) -> list[OpenPlace]:
+        """Without reading any of them."""
+        return [
+            OpenPlace(shard, number, self._dataset.admission(shard).job, "batch" in kinds, "held" in kinds)
+            for (shard, number), kinds in self._places().items()
+            if "intent" in kinds and "end" not in kinds
+        ]
 
-    def open_places(self) -> dict[tuple[int, int], bool]:
-        """Shard and number of each that has not ended, and whether its batch is known: then its intent stays as it is.
-        Without reading any of them."""
-        places = self._places().items()
-        return {place: "batch" in kinds for place, kinds in places if "intent" in kinds and "end" not in kinds}
+    def open_of(self, job: str) -> list[OpenPlace]:
+        """Those of the shards that a job owes: nobody fetches the others."""
+        mine = (place for place in self.open_places() if place.job == job)
+        return [place for place in mine if self._dataset.marker(place.shard) is None]
 
     def intent(self, shard: int, number: int) -> Intent | None:
         """None where it was withdrawn."""
@@ -208,6 +221,10 @@ class Submissions:
         """For a person to decide. Who held it first is who said why."""
         with suppress(ObjectExists):
             self._create(intent, "held", asdict(Held(reason, tuple(candidates), now_iso())))
+
+    def unhold(self, intent: Intent) -> None:
+        """There is nothing to decide any more."""
+        self._store.delete(_key(intent.shard, intent.number, "held"))
 
     def end(self, intent: Intent, how: How, *, tokens: int = 0, reason: str = "") -> bool:
         """However often it is said, the first end counts; whether it was this one."""

@@ -13,11 +13,11 @@ from .spending import spend_lines
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """Accepted (id, version) by what became of them. admitted = embedded + failed + deleted + cancelled + owed.
+    """Accepted (id, version) by what became of each. admitted: all the others together, from embedded to removed.
 
     A failure that was tried again counts as what came of that. dropped, superseded: those of the failed that nobody has to
     look at any more. billed_tokens: of all attempts of all workers, as their spend logs say. windows: requests that the
-    documents took which late chunking could not embed whole.
+    documents took which late chunking could not embed whole. removed: versions that compaction and erasure have taken away.
     """
 
     shards: int
@@ -33,6 +33,7 @@ class DatasetSummary:
     dropped: int = 0
     superseded: int = 0
     windows: int = 0
+    removed: int = 0
 
     @property
     def open_failures(self) -> int:
@@ -62,7 +63,9 @@ def summarize(dataset: Dataset, *, job: str | None = None) -> DatasetSummary:
     ]
     owed = sum(dataset.admission(shard).rows for shard in shards_of(dataset, dataset.owed(), job=job))
     mine = set(shards)
-    retries = sum(shard in mine for shard, _ in retried_places(dataset))
+    live = {marker.shard for marker in markers}
+    retries = sum(shard in live for shard, _ in retried_places(dataset))
+    removed = sum(r.dropped for r in dataset.retirements() if job is None or r.job == job)
     failures = [letter for letter in failed_rows(dataset) if letter.shard in mine]
 
     def count(status: int) -> int:
@@ -72,9 +75,9 @@ def summarize(dataset: Dataset, *, job: str | None = None) -> DatasetSummary:
     in_logs = sum(line.tokens for line in lines)
     in_markers = sum(marker.billed_tokens for marker in markers)
     return DatasetSummary(
-        shards=len(shards),
+        shards=len(mine - dataset.retired()),
         committed_shards=len(markers),
-        admitted=sum(marker.rows for marker in markers) + owed - retries,
+        admitted=sum(marker.rows for marker in markers) + owed - retries + removed,
         embedded=count(layout.EMBEDDED),
         failed=len(failures),
         deleted=count(layout.DELETED),
@@ -85,6 +88,7 @@ def summarize(dataset: Dataset, *, job: str | None = None) -> DatasetSummary:
         dropped=sum(letter.state == "dropped" for letter in failures),
         superseded=sum(letter.state == "superseded" for letter in failures),
         windows=sum(len(marker.windows) for marker in markers),
+        removed=removed,
     )
 
 

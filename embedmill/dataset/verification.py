@@ -59,12 +59,14 @@ def verify_dataset(dataset: Dataset, *, on_shard: Callable[[int], None] | None =
     except CorruptStore as error:
         report.problems.append(Problem(layout.DOCUMENTS_FOLDER, str(error)))
         return report
-    markers = set(layout.numbers(dataset.store.names(layout.COMMITS_FOLDER), suffix=".json"))
+    markers = dataset.stored_markers()
     for orphan in sorted(markers - set(admitted)):
         report.problems.append(Problem(layout.commit_key(orphan), "a marker without documents"))
+    retired = dataset.retired()
     for shard in admitted:
         try:
-            report.problems.extend(_check_shard(dataset, shard, report))
+            if shard not in retired:
+                report.problems.extend(_check_shard(dataset, shard, report))
         except CorruptStore as error:
             report.problems.append(Problem(layout.commit_key(shard), str(error)))
         if on_shard is not None:
@@ -87,7 +89,7 @@ def _check_shard(dataset: Dataset, shard: int, report: DatasetReport) -> Iterato
         return
     if origin.shard != shard:
         yield Problem(key, f"it says that it is shard {origin.shard}")
-    if marker is None or origin.erased:
+    if marker is None:
         return
     if marker.objects.get(key) != describe(data):
         yield Problem(key, "not the object that was committed: size or checksum differ")
@@ -96,6 +98,8 @@ def _check_shard(dataset: Dataset, shard: int, report: DatasetReport) -> Iterato
     if marker.rows != table.num_rows:
         yield Problem(layout.commit_key(shard), f"statuses of {marker.rows} rows for {table.num_rows} documents")
         return
+    if marker.replaces != origin.replaces:
+        yield Problem(layout.commit_key(shard), "it replaces other shards than its documents say")
     if marker.fingerprint != dataset.info.embedder.fingerprint:
         yield Problem(layout.commit_key(shard), "vectors of another embedder")
     yield from _check_statuses(marker, deleted=np.array(table["deleted"].to_pylist(), dtype=bool))
@@ -119,7 +123,10 @@ def _check_retries(dataset: Dataset, marker: Marker, origin: ShardOrigin, table:
     """What a row tries again is a failure of the same id and version."""
     if marker.retries != origin.retries:
         yield Problem(layout.commit_key(marker.shard), "it tries other rows again than its documents say")
+    retired = dataset.retired() if origin.retries else ()
     for row, (shard, old_row) in origin.retries.items():
+        if shard in retired:
+            continue
         earlier = dataset.marker(shard)
         failed = {(f.row, f.id, f.version) for f in earlier.failures} if earlier else set()
         if (old_row, table["id"][row].as_py(), table["version"][row].as_py()) not in failed:

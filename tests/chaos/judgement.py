@@ -10,7 +10,7 @@ from typing import Any
 
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from tests.invariants import FinalSet, assert_same_set, check_dataset, final_set
 from worker.embedding import CHECKPOINT_EVERY_S
 

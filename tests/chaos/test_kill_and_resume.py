@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from tests.conftest import Command, Corpus, Ended, finish, write_jsonl
 from tests.invariants import assert_same_set, check_dataset, final_set, logged_ids
 from worker.checkpoints import decode_increment

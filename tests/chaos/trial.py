@@ -21,7 +21,7 @@ from embedmill.connection import Connection
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import DatasetInfo
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from embedmill.errors import EmbedmillError
 from embedmill.inbox import inbox_key
 from scheduler.queue import Queue

@@ -100,11 +100,30 @@ async def documents_of_many_jobs_are_gathered_side_by_side(bench: Bench) -> None
     assert all(receipt.admitted == 1 for receipt in receipts)
 
 
+async def documents_whose_last_passage_never_comes_are_refused_where_they_take_too_much_room(bench: Bench) -> None:
+    """Late chunking: there is room for three letters, and all producers died inside of a document but that of job 0."""
+    sent = [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (4, 0), (0, 2)]
+    with _new_dataset(_LATE) as dataset:
+        for job, part in sent:
+            passage = _passage(f"job-{job}", part, last=part == 2)
+            await _put(bench, passage, job=f"job-{job}", key=f"{job}/{part}", reply="me")
+        with mock.patch("scheduler.inbox._OPEN_BYTES", 3):
+            await _admit(bench, dataset)
+        assert _rows(dataset) == [(f"job-0#{part}", 1, f"{part}") for part in range(3)]
+    receipts = await _receipts(bench)
+    refused = {receipt.key: receipt.rejected for receipt in receipts if receipt.rejected}
+    assert list(refused) == ["1/0", "2/0", "3/0"]
+    assert "did not come while there was room to wait for them" in refused["1/0"][0][1]
+    # The newest is still waited for.
+    assert await bench.connection.command("XLEN", _STREAM) == 1
+
+
 SCENARIOS: list[Scenario] = [
     a_message_stays_until_its_shard_is_queued,
     a_message_that_is_read_again_adds_nothing,
     a_document_whose_messages_are_lost_and_sent_again_is_admitted_whole,
     documents_of_many_jobs_are_gathered_side_by_side,
+    documents_whose_last_passage_never_comes_are_refused_where_they_take_too_much_room,
 ]
 
 

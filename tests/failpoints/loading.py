@@ -13,10 +13,9 @@ import numpy as np
 
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED, Failure, Marker
+from embedmill.dataset.layout import DELETED, EMBEDDED, FAILED, LOADS_FOLDER, Failure, Marker
 from embedmill.dataset.passages import Passage, ShardOrigin
 from embedmill.documents import hash16
-from loader.ledger import FOLDER
 from tests.invariants import check_dataset
 from worker.embedders.null import hash_vectors
 
@@ -73,7 +72,7 @@ def commit_shards(dataset: Dataset, shards: Sequence[Sequence[Row]]) -> None:
 
 def applied(folder: Path) -> set[int]:
     """Shards that the ledger calls loaded, of the one collection of this dataset."""
-    return {int(path.name[:8]) for path in folder.glob(f"{FOLDER}/*/????????.json")}
+    return {int(path.name[:8]) for path in folder.glob(f"{LOADS_FOLDER}/*/????????.json")}
 
 
 def check_loaded(dataset: Dataset, found: dict[str, dict[str, object]]) -> None:
@@ -105,10 +104,10 @@ def check_loaded(dataset: Dataset, found: dict[str, dict[str, object]]) -> None:
 def check_ledger(folder: Path) -> None:
     """Raises AssertionError unless every shard has its result and no intent is left over."""
     assert applied(folder) == set(range(len(SHARDS))), f"the ledger has results of {sorted(applied(folder))}"
-    intents = [path.name for path in folder.glob(f"{FOLDER}/*/*.intent.json")]
+    intents = [path.name for path in folder.glob(f"{LOADS_FOLDER}/*/*.intent.json")]
     assert not intents, f"intents are left over: {intents}"
     for shard, rows in enumerate(SHARDS):
-        [path] = folder.glob(f"{FOLDER}/*/{shard:08d}.json")
+        [path] = folder.glob(f"{LOADS_FOLDER}/*/{shard:08d}.json")
         result = json.loads(path.read_bytes())
         counted = sum(result[kind] for kind in ("upserted", "deleted", "superseded", "skipped"))
         assert counted == len(rows), f"the result of shard {shard} counts {counted} of {len(rows)} rows: {result}"

@@ -19,7 +19,7 @@ import loader.target
 from embedmill import failpoints
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from embedmill.documents import Cursor, SourceDocument, hash16
 from embedmill.embedder import BatchLimits, Embedding, Role
 from embedmill.errors import ConfigurationError
@@ -31,7 +31,7 @@ from scheduler.inbox import InboxAdmission
 from scheduler.intake import Intake
 from scheduler.queue import Queue
 from scheduler.service import run_scheduler
-from worker import batch_lane, batch_matching
+from worker import batch_lane, batch_matching, batch_sending
 from worker.embedders.null import NullEmbedder
 from worker.service import Worker
 
@@ -140,7 +140,7 @@ async def _worker(place: Place, connection: Connection) -> None:
 
 async def _batch_worker(place: Place, connection: Connection) -> None:
     # Moments in place of the minutes after which a request that nobody heard of was not executed.
-    batch_lane._SENT_WITHIN_S, batch_matching.SETTLED_S = 0.8, 1.5
+    batch_sending._SENT_WITHIN_S, batch_matching.SETTLED_S = 0.8, 1.5
     batch_lane._FIRST_LOOK_S = batch_lane.LOOK_AGAIN_S = batch_matching.LOOK_AGAIN_S = 0.1
     await _work(place, connection, BatchedEmbedder(DIMENSIONS, place.batches, place.sent))
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedmill.dataset.deciding import Place, newest_decided
 from embedmill.dataset.layout import CANCELLED, DELETED, EMBEDDED, FAILED, OWED
-from loader.rows import MAX_TEXT_BYTES, Place, cut_text, newest_decided, parse_metadata, plan_shard
+from loader.rows import MAX_TEXT_BYTES, cut_text, parse_metadata, plan_shard
 
 Row = tuple[str, int, int]
 """(id, version, status)."""
