@@ -20,6 +20,11 @@ from .errors import ConfigurationError
 Role = Literal["document", "query"]
 
 
+def is_local(model: str) -> bool:
+    """Whether nothing is sent for a model, and nothing paid."""
+    return model.partition("/")[0] in ("local", "null")
+
+
 @dataclass(frozen=True, slots=True)
 class EmbedderSpec:
     """What decides the vector of a text. Two embedders with one fingerprint write into one vector space.

@@ -94,13 +94,17 @@ class Admitter:
 
     @property
     def open_bytes(self) -> int:
+        """Of text, in the open shard; `gathered_bytes`: of passages that wait for the last one of their document."""
         return self._open.text_bytes
+
+    @property
+    def gathered_bytes(self) -> int:
+        return self._gathering.text_bytes
 
     def holds(self, ids: Iterable[str], *, key: str) -> bool:
         """True when the open shard has one of these ids, or documents of this batch."""
         wanted = set(ids)
-        waiting = any(p.id in wanted or p.group in wanted for p in self._gathering.records)
-        return waiting or self._open.holds(wanted) or key in self._batches
+        return self._gathering.holds(wanted) or self._open.holds(wanted) or key in self._batches
 
     def reading(self, push_key: str, *, beside: Collection[str] = ()) -> tuple[str, Cursor | None]:
         """Under which key and from where a source is to be read, see `DatasetIndex.reading`.
@@ -116,11 +120,13 @@ class Admitter:
         records: Sequence[SourceDocument | Reject],
         *,
         keep_rejects: Callable[[Sequence[Reject]], None] = lambda _rejects: None,
+        enough: Callable[[SourceDocument | Reject], bool] = lambda _record: False,
     ) -> Admitted:
         """Take records of one push in the order of reading.
 
         `keep_rejects` gets what was refused, before a shard is closed whose cursor is behind it: a refusal is never
-        forgotten. Raises StorageError when a shard cannot be written; what was not closed by then is read again.
+        forgotten. Behind a record of which `enough` is true none is taken. Raises StorageError when a shard cannot be
+        written; what was not closed by then is read again.
         """
         result, kept, taken = Admitted(), 0, 0
 
@@ -133,22 +139,28 @@ class Admitter:
             races = self._races
             keep()
             result.tasks.extend(self.close_shard())
-            self._log.look_up([*self._at_hand(), *records[taken - 1 :]])
+            self._look_up(records[taken - 1 :])
             return self._races != races
 
-        self._log.look_up([*self._gathering.records, *records])
-        held = self._gathering.records
-        ids = [record.id for record in (*held, *records) if isinstance(record, SourceDocument)]
+        def look_up() -> None:
+            self._look_up(records[taken - 1 :])
+            ids = [record.id for record in self._at_hand()]
+            self._judge.unchanged.update((push_key, id_) for id_ in self._index.unchanged_before(push_key, ids))
+
+        self._look_up(records)
+        ids = [record.id for record in records if isinstance(record, SourceDocument)]
         self._judge.unchanged = {(push_key, id_) for id_ in self._index.unchanged_before(push_key, ids)}
         before = len(self._judge.unchanged)
         reading = self._readings.setdefault(push_key, Reading(push_key, name, Cursor()))
         for record in records:
             taken += 1
-            for _, reject in self._take_record(reading, record, close):
+            for _, reject in self._take_record(reading, record, close, look_up):
                 self.counts.rejected += 1
                 result.rejects.append(reject)
             if self._is_full():
                 close()
+            if enough(record):
+                break
         keep()
         if len(self._judge.unchanged) > before:
             self._index.remember_unchanged(self._judge.unchanged)
@@ -168,10 +180,13 @@ class Admitter:
         def close() -> bool:
             races = self._races
             closed.append(self.close_batches())
-            self._log.look_up([*self._at_hand(), *records[taken - 1 :]], keys=keys)
+            look_up()
             return self._races != races
 
-        self._log.look_up([*self._gathering.records, *records], keys=keys)
+        def look_up() -> None:
+            self._look_up(records[taken - 1 :], keys=keys)
+
+        self._look_up(records, keys=keys)
         for batch in batches:
             reading, earlier = self._batches.add(batch)
             for record in batch.records:
@@ -182,10 +197,7 @@ class Admitter:
                     reading.cursor = record.cursor
                     self._judge.count(reading, "repeated")
                     continue
-                for refused, reject in self._take_record(reading, record, close):
-                    self._judge.add(refused, "rejected", 1)
-                    if refused.batch is not None:
-                        refused.batch.rejects.append(reject)
+                self._refuse(self._take_record(reading, record, close, look_up))
                 if self._is_full():
                     reading.complete = record is batch.records[-1]
                     close()
@@ -194,6 +206,11 @@ class Admitter:
         if self.is_empty:
             closed.append(self._batches.give_back([]))
         return closed
+
+    def give_up_gathered(self) -> Closed:
+        """Refuse the passages that wait for the last one of their document; then as `close_batches`."""
+        self._refuse(self._give_up_gathered("did not come while there was room to wait for them"))
+        return self.close_batches()
 
     def close_batches(self) -> Closed:
         """Write the open shard, however full, and give back the batches that it completes."""
@@ -232,19 +249,30 @@ class Admitter:
         return self._admits_whole_groups and self._judge.is_logged_again(reading, record)
 
     def _take_record(
-        self, reading: Reading, record: SourceDocument | Reject, close: Callable[[], bool]
+        self,
+        reading: Reading,
+        record: SourceDocument | Reject,
+        close: Callable[[], bool],
+        look_up: Callable[[], None],
     ) -> list[tuple[Reading, Reject]]:
         """Take one record; what is to be refused, and of which reading. `close` is called for shards that it fills before
-        its end. With late chunking, a passage waits for the last one of its document."""
+        its end. With late chunking, a passage waits for the last one of its document; `look_up` is called for those that
+        came in an earlier block."""
         if not self._admits_whole_groups:
             return self._take_at_hand(Taken(reading, record, reading.cursor), close)
-        refused = [] if self._gathering.is_continued_by(record) else self._give_up_gathered(reading)
+        refused = []
+        if not self._gathering.is_continued_by(record):
+            # The last passage of the document did not come: something else did.
+            refused = self._give_up_gathered("did not follow it", reading=reading)
         if isinstance(record, SourceDocument) and record.group is not None and not record.last:
             self._gathering.hold(reading, record)
             return refused
-        return refused + self._take_at_hand(
-            Taken(reading, record, reading.cursor, earlier=self._gathering.take()), close
-        )
+        gathered, self._gathering = self._gathering, Gathering()
+        taking = Taken(reading, record, reading.cursor, earlier=tuple(gathered.held))
+        if not gathered.looked_up:
+            self._judge.taking = taking
+            look_up()
+        return refused + self._take_at_hand(taking, close)
 
     def _take_at_hand(self, taking: Taken, close: Callable[[], bool]) -> list[tuple[Reading, Reject]]:
         self._judge.taking = taking
@@ -264,19 +292,31 @@ class Admitter:
         self._judge.taking = None
         return rejects
 
-    def _give_up_gathered(self, reading: Reading) -> list[tuple[Reading, Reject]]:
-        """The last passage of a document did not come: something else did."""
-        gathered = self._gathering.take()
-        _release(gathered, reading)
-        group = gathered[0].passage.group
-        return refusals(
-            gathered, f"the other passages of {group!r} did not follow it, and late chunking needs all of them"
-        )
+    def _give_up_gathered(self, why: str, *, reading: Reading | None = None) -> list[tuple[Reading, Reject]]:
+        """Refuse all passages that are held; reading: the one that is being read."""
+        held, self._gathering = self._gathering.held, Gathering()
+        _release(held, reading)
+        group = held[0].passage.group
+        return refusals(held, f"the other passages of {group!r} {why}, and late chunking needs all of them")
+
+    def _refuse(self, refused: Sequence[tuple[Reading, Reject]]) -> None:
+        """Of batches, and of sources what was taken before."""
+        for reading, reject in refused:
+            self._judge.add(reading, "rejected", 1)
+            if reading.batch is not None:
+                reading.batch.rejects.append(reject)
+            else:
+                self.on_late_reject(reading.key, reject)
+
+    def _look_up(self, records: Sequence[SourceDocument | Reject], *, keys: Sequence[str] = ()) -> None:
+        """These, and the document at hand; what is held waits until it is judged, so as not to be looked up each time."""
+        self._log.look_up([*self._at_hand(), *records], keys=keys)
+        self._gathering.looked_up = not self._gathering.held
 
     def _at_hand(self) -> list[SourceDocument]:
         """Passages of the document at hand that were read before its last one."""
         earlier = self._judge.taking.earlier if self._judge.taking is not None else ()
-        return [*self._gathering.records, *(gathered.passage for gathered in earlier)]
+        return [gathered.passage for gathered in earlier]
 
     def _is_full(self) -> bool:
         rows = self._dataset.info.shard_rows
@@ -304,7 +344,7 @@ class Admitter:
 
         def look_up() -> None:
             left = [record for taken in journal[max(0, done - 1) :] for record in taken.records]
-            self._log.look_up([*left, *self._at_hand()], keys=self._batches.keys)
+            self._look_up(left, keys=self._batches.keys)
 
         def close() -> bool:
             races = self._races
@@ -316,21 +356,13 @@ class Admitter:
         for taken in journal:
             done += 1
             again = Taken(taken.reading, taken.record, taken.reading.cursor, earlier=taken.earlier)
-            for refused, reject in self._take_at_hand(again, close):
-                self._refuse_late(refused, reject)
+            self._refuse(self._take_at_hand(again, close))
             if self._is_full():
                 close()
         for reading, end in ends.items():
             reading.cursor = max(reading.cursor, end)
         self._judge.taking = at_hand
         return tasks
-
-    def _refuse_late(self, reading: Reading, reject: Reject) -> None:
-        self._judge.add(reading, "rejected", 1)
-        if reading.batch is not None:
-            reading.batch.rejects.append(reject)
-        else:
-            self.on_late_reject(reading.key, reject)
 
     def _origin(self, shard: int) -> ShardOrigin:
         positions = tuple(self._batches.positions(self._open))
@@ -344,8 +376,8 @@ class Admitter:
         )  # fmt: skip
 
 
-def _release(gathered: Sequence[Gathered], reading: Reading) -> None:
-    """They are judged now: their messages wait for nothing more, except the one that is being read."""
+def _release(gathered: Sequence[Gathered], reading: Reading | None) -> None:
+    """They are judged now: their messages wait for nothing more, except the one that is being read, if any."""
     for one in with_repeats(gathered):
         one.reading.cursor = one.passage.cursor
         if one.reading is not reading:

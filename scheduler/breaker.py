@@ -72,7 +72,8 @@ class Breaker:
         """For people; empty while all is well."""
         if not self.is_open:
             return ""
-        return f"{self._shown} fails again and again, and nothing is sent until a probe goes well: {self._last_failure}"
+        cause = f": {self._last_failure}" if self._last_failure else ""
+        return f"{self._shown} fails again and again, and nothing is sent until a probe goes well{cause}"
 
     async def admit(self) -> str:
         """Wait while nothing is to be sent; what the request is to be told with: its op as the probe, else "".

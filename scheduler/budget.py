@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -33,8 +33,8 @@ _SETTLE_WITHIN_S = 5.0
 _ASK_EVERY_S, _SETTLE_EVERY_S = 0.02, 0.005
 Busy = Callable[[str], Awaitable[bool]]
 """Whether requests of the last window are known of, for a key by its id."""
-Spent = Callable[[str], Awaitable[Sequence[tuple[float, int]]]]
-"""Requests that a key, by its id, is known to have been billed in the last window: how many seconds ago, and tokens."""
+Spent = Mapping[str, Sequence[tuple[float, int]]]
+"""By key id, requests that it is known to have been billed in the last window: how many seconds ago, and tokens."""
 _RESTORED_STEP_S = 0.5
 _NO_PERMIT = 1
 _WITHOUT_MEMORY = -2
@@ -201,7 +201,7 @@ class Budget:
     async def restore(self, spent: Spent) -> None:
         """Note what was sent in the last window where it falls, in a budget without memory, as after a loss of Redis."""
         by_age: dict[int, tuple[int, int]] = {}
-        for age_s, tokens in await spent(self.key_id):
+        for age_s, tokens in spent.get(self.key_id, ()):
             step = max(0, int(age_s / _RESTORED_STEP_S))
             requests, before = by_age.get(step, (0, 0))
             by_age[step] = requests + 1, before + tokens

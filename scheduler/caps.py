@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, NoReturn, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -81,11 +81,13 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """limit: tokens of the cap, 0 for none; charged, batches: see `embedmill.dataset.spending.Charged`."""
+    """limit: tokens of the cap, 0 for none; charged (its tokens), batches, abandoned: see
+    `embedmill.dataset.spending.Charged`."""
 
     limit: int = 0
     charged: int = 0
     batches: int = 0
+    abandoned: int = 0
 
 
 class Cap(Protocol):
@@ -203,7 +205,7 @@ class JobCap:
         if not limit:
             return Room()
         charged = await self._charged(with_markers=not self._knows_markers)
-        return Room(limit, charged.tokens, charged.batches)
+        return Room(limit, charged.tokens, charged.batches, charged.abandoned)
 
     async def look_again(self) -> None:
         """Read on what the dataset says, so that no request has to wait for it."""
@@ -281,9 +283,9 @@ class JobCap:
                 fresh = False
             if answer == _NEVER:
                 if sure:
-                    self._refuse(hold, limit, spent=int(rest[0]) + charged.of_batches, batches=charged.batches)
+                    raise self._refusal(hold, limit, charged, spent=int(rest[0]) + charged.of_batches)
                 limit, sure = await self._limit.get(anew=True), True
-                if charged.batches:
+                if charged.batches or charged.abandoned:
                     await self._charged()
                 continue
             sure = False
@@ -293,10 +295,11 @@ class JobCap:
         # The cap was lifted.
         hold.most_tokens = 0
 
-    def _refuse(self, hold: Hold, limit: int, *, spent: int, batches: int) -> NoReturn:
-        if batches and spent + hold.most_tokens <= limit:
-            raise BatchPending("open batches hold what is left of the job's cap", retry_after_s=_ROOM_AGAIN_S)
-        raise CapReached(cap_reached_words(self._job, limit=limit, spent=spent), limit=limit)
+    def _refusal(self, hold: Hold, limit: int, charged: Charged, *, spent: int) -> BatchPending | CapReached:
+        if charged.batches and spent + hold.most_tokens <= limit:
+            return batches_hold_the_rest()
+        words = cap_reached_words(self._job, limit=limit, spent=spent, abandoned=charged.abandoned)
+        return CapReached(words, limit=limit)
 
     async def _settle(self, hold: Hold) -> None:
         if not hold.most_tokens:
@@ -380,9 +383,20 @@ class Caps:
                     log.warning("what a job has spent was not looked at again: %s", error)
 
 
-def cap_reached_words(job: str, *, limit: int, spent: int) -> str:
-    """What has happened, and how it goes on."""
+def batches_hold_the_rest() -> BatchPending:
+    """What is missing at a job's cap may come back."""
+    return BatchPending("open batches hold what is left of the job's cap", retry_after_s=_ROOM_AGAIN_S)
+
+
+def cap_reached_words(job: str, *, limit: int, spent: int, abandoned: int = 0) -> str:
+    """What has happened, and how it goes on. abandoned: see `embedmill.dataset.spending.Charged`."""
+    of_which = (
+        f" ({abandoned:,} of them is the most that batches of passages that were given up can cost: `embedmill cancel` or"
+        " `embedmill batches discard` ends those, see `embedmill batches list`)"
+        if abandoned
+        else ""
+    )
     return (
-        f"job {job} has reached its cap: {spent:,} of {limit:,} tokens were billed when no further passage was sure to fit;"
-        " nothing is lost, and a larger --max-tokens lets it go on"
+        f"job {job} has reached its cap: {spent:,} of {limit:,} tokens were billed{of_which} when no further passage was"
+        " sure to fit; nothing is lost, and a larger --max-tokens lets it go on"
     )

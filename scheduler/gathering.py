@@ -6,41 +6,51 @@ and when one of them changes, all of them are embedded again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
-from embedmill.documents import Reject, SourceDocument
+from embedmill.documents import Cursor, Reject, SourceDocument
 
 from .log_view import Newest
 from .readings import Gathered, Reading, with_repeats
 
 
 class Gathering:
-    """The document that is being read now."""
+    """The document that is being read now. text_bytes: of what is held, repeats included; looked_up: the last look-up of the
+    log had all passages that are held."""
 
     def __init__(self) -> None:
         self.held: list[Gathered] = []
-
-    @property
-    def records(self) -> list[SourceDocument]:
-        return [gathered.passage for gathered in self.held]
+        self.text_bytes = 0
+        self.looked_up = True
+        self._by_place: dict[tuple[str, Cursor, str], Gathered] = {}
+        self._ids: set[str] = set()
+        self._readings: set[Reading] = set()
 
     def hold(self, reading: Reading, passage: SourceDocument) -> None:
-        self.held.append(Gathered(reading, passage, reading.cursor))
+        gathered = Gathered(reading, passage, reading.cursor)
+        self.held.append(gathered)
+        self._by_place[reading.key, passage.cursor, passage.id] = gathered
+        self._ids.add(passage.id)
+        self._count(reading, passage)
 
     def hold_again(self, reading: Reading, record: SourceDocument | Reject) -> bool:
         """True for a passage that is held, and has come once more with its batch. It shares the fate of the held one."""
         if not isinstance(record, SourceDocument):
             return False
-        for gathered in self.held:
-            held = gathered.passage
-            if (gathered.reading.key, held.cursor, held.id) == (reading.key, record.cursor, record.id):
-                gathered.again.append(Gathered(reading, record, reading.cursor))
-                return True
-        return False
+        gathered = self._by_place.get((reading.key, record.cursor, record.id))
+        if gathered is None:
+            return False
+        gathered.again.append(Gathered(reading, record, reading.cursor))
+        self._count(reading, record)
+        return True
 
     def keeps(self, reading: Reading) -> bool:
         """Whether passages of this reading are held."""
-        return any(gathered.reading is reading for gathered in with_repeats(self.held))
+        return reading in self._readings
+
+    def holds(self, ids: Set[str]) -> bool:
+        """Whether it has one of these ids, or is one of these documents."""
+        return bool(self.held) and (self.held[0].passage.group in ids or not self._ids.isdisjoint(ids))
 
     def is_continued_by(self, record: SourceDocument | Reject) -> bool:
         """Whether a record is the next passage of the document; True when none is being read."""
@@ -48,12 +58,11 @@ class Gathering:
             return True
         if isinstance(record, Reject) or record.group != self.held[0].passage.group:
             return False
-        return all(gathered.passage.id != record.id for gathered in self.held)
+        return record.id not in self._ids
 
-    def take(self) -> tuple[Gathered, ...]:
-        """What was held; then nothing is."""
-        held, self.held = tuple(self.held), []
-        return held
+    def _count(self, reading: Reading, passage: SourceDocument) -> None:
+        self._readings.add(reading)
+        self.text_bytes += len(passage.text.encode())
 
 
 def reason_against_group(gathered: Sequence[Gathered], *, shard_rows: int) -> str | None:

@@ -7,7 +7,7 @@ import time
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import CHECKPOINTS_FOLDER, checkpoints_folder, commit_key, numbers
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 
 _TEMPORARIES_EVERY_S = 600.0
 _TEMPORARIES_AGE_S = 3600.0

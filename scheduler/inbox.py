@@ -40,6 +40,8 @@ _BLOCK_BYTES = 8 * 1024 * 1024
 _SCRIPT_MESSAGES = 200
 _REFUSED_FIELDS = 100
 _OPEN_JOBS = 4
+# With late chunking, jobs that wait for the last passage of a document.
+_GATHERING_JOBS = 256
 _OPEN_BYTES = 128 * 1024 * 1024
 _POLL_S = 5.0
 _TROUBLE_S = 5.0
@@ -59,10 +61,11 @@ class InboxCounts:
 
 @dataclass(slots=True)
 class _Filling:
-    """The open shard of one job, and since when something waits in it."""
+    """The open shard of one job, since when something waits in it, and when its last message was read."""
 
     admitter: Admitter
     since: float | None = None
+    read_at: float = 0.0
 
 
 class InboxAdmission:
@@ -230,17 +233,30 @@ class InboxAdmission:
             assert self._index is not None
             admitter = Admitter(self._dataset, self._index, job=job, lane=record.lane)
             self._filling[job] = _Filling(admitter)
-        while len(self._filling) > _OPEN_JOBS or (
-            len(self._filling) > 1 and sum(f.admitter.open_bytes for f in self._filling.values()) > _OPEN_BYTES
-        ):
-            # The passages that one gathers would be lost with it: their message is not read again while it is held.
-            idle = [name for name, f in self._filling.items() if name != job and not f.admitter.is_gathering]
-            if not idle:
-                break
-            oldest = min(idle, key=self._since)
-            await self._close(oldest)
-            del self._filling[oldest]
+        self._filling[job].read_at = anyio.current_time()
+        await self._make_room(job)
         return self._filling[job]
+
+    async def _make_room(self, job: str) -> None:
+        """Close what has waited longest, where too much is open.
+
+        The passages that a job gathers would be lost with it, since their messages are not read again while they are held.
+        Where they are too many they are refused, those first of whose job nothing has come for longest.
+        """
+        while True:
+            fillings = self._filling.values()
+            gathered_bytes = sum(f.admitter.gathered_bytes for f in fillings)
+            open_bytes = gathered_bytes + sum(f.admitter.open_bytes for f in fillings)
+            idle = [name for name, f in self._filling.items() if name != job and not f.admitter.is_gathering]
+            gathering = [name for name, f in self._filling.items() if f.admitter.is_gathering]
+            if idle and (len(fillings) > _OPEN_JOBS or open_bytes > _OPEN_BYTES):
+                oldest = min(idle, key=self._since)
+                await self._close(oldest)
+                del self._filling[oldest]
+            elif gathering and (len(gathering) > _GATHERING_JOBS or gathered_bytes > _OPEN_BYTES):
+                await self._give_up(min(gathering, key=lambda name: (name == job, self._filling[name].read_at)))
+            else:
+                return
 
     def _since(self, job: str) -> float:
         since = self._filling[job].since
@@ -249,6 +265,13 @@ class InboxAdmission:
     async def _close(self, job: str) -> None:
         filling = self._filling[job]
         closed = await to_thread.run_sync(filling.admitter.close_batches)
+        filling.since = None
+        await self._finish(closed)
+
+    async def _give_up(self, job: str) -> None:
+        """Refuse the document that a job gathers."""
+        filling = self._filling[job]
+        closed = await to_thread.run_sync(filling.admitter.give_up_gathered)
         filling.since = None
         await self._finish(closed)
 

@@ -26,7 +26,8 @@ class Intake:
     """Reads sources in the order given and enqueues the shards that they fill.
 
     Rejected records go to a file per source below `rejects`, which a resumed reading continues without repeating itself;
-    with `strict` the first of them ends the reading. `limit` bounds the documents that are read in all.
+    with `strict` the first of them ends the reading. `limit` bounds the documents that are new or changed; the reading ends
+    behind the last of them.
     """
 
     def __init__(
@@ -38,6 +39,9 @@ class Intake:
         self._files: dict[str, RejectFile] = {}
         admitter.on_late_reject = self._keep_late
         self._left = limit
+        self._admitted_before = 0
+        # A source that is slow, such as standard input, is not waited for beyond the limit where all of it is new.
+        self._block_records = _BLOCK_RECORDS if limit is None else min(limit, _BLOCK_RECORDS)
         self._strict = strict
         self._stopped = False
         self._read_bytes: dict[str, int] = {}
@@ -111,7 +115,7 @@ class Intake:
                     raise self._refuse(new[0])
                 _write(rejects, new)
 
-            return self._admitter.admit(push_key, source.name, block, keep_rejects=keep).tasks
+            return self._admitter.admit(push_key, source.name, block, keep_rejects=keep, enough=self._is_enough).tasks
 
         await self._queue.enqueue(await to_thread.run_sync(admit))
         if rejects.count:
@@ -129,16 +133,24 @@ class Intake:
     def _take_block(self, records: Iterator[SourceDocument | Reject]) -> list[SourceDocument | Reject]:
         block: list[SourceDocument | Reject] = []
         size = 0
-        while len(block) < _BLOCK_RECORDS and size < _BLOCK_BYTES and self._left != 0:
+        while len(block) < self._block_records and size < _BLOCK_BYTES:
             record = next(records, None)
             if record is None:
                 break
             block.append(record)
             if isinstance(record, SourceDocument):
                 size += len(record.text)
-                if self._left is not None and record.last:
-                    self._left -= 1
+        self._block_records = min(_BLOCK_RECORDS, 2 * self._block_records)
         return block
+
+    def _is_enough(self, record: SourceDocument | Reject) -> bool:
+        """Whether this record, which was taken, ends the last document that is wanted."""
+        if self._left is None or isinstance(record, Reject) or not record.last:
+            return False
+        admitted = self._admitter.counts.admitted
+        self._left -= admitted > self._admitted_before
+        self._admitted_before = admitted
+        return self._left == 0
 
     def _refuse(self, reject: Reject) -> ConfigurationError:
         waiting = self._admitter.waiting

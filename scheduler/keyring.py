@@ -99,6 +99,11 @@ class KeyRing:
         return tuple(key.id for key in self._keys.values())
 
     @property
+    def secrets(self) -> tuple[str, ...]:
+        """Of all keys, also of those that were refused."""
+        return tuple(self._keys)
+
+    @property
     def usable_secrets(self) -> tuple[str, ...]:
         """For what is no request of the budget's. All keys, should every one have been refused."""
         return tuple(key.secret for key in self._usable())

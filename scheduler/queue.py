@@ -118,7 +118,7 @@ class Queue:
         lease_s: float = LEASE_S,
         bulk_patience_s: float = _BULK_PATIENCE_S,
     ) -> None:
-        self.connection = self._connection = connection
+        self.connection = connection
         self.namespace = namespace
         self._prefix = key_prefix(namespace)
         self._bulk_patience_ms = int(bulk_patience_s * 1000)
@@ -207,7 +207,7 @@ class Queue:
         """Drop dead letters, by `DeadLetter.key`: they were retried, or somebody has seen to them."""
         for start in range(0, len(keys), _BLOCK):
             block = keys[start : start + _BLOCK]
-            await self._connection.command("HDEL", f"{self._prefix}:dead:{job_key(dataset_id, job)}", *block)
+            await self.connection.command("HDEL", f"{self._prefix}:dead:{job_key(dataset_id, job)}", *block)
 
     async def depth(self) -> Depth:
         return Depth(*(int(count) for count in await self._script("depth")))
@@ -254,14 +254,14 @@ class Queue:
 
     async def wait_for_work(self, after: str, *, timeout_s: float) -> str:
         """Sleep until tasks were added after the wake-up `after` (start with "0"), at most `timeout_s`."""
-        return await self._connection.wait_for_entry(f"{self._prefix}:wake", after, timeout_s=timeout_s)
+        return await self.connection.wait_for_entry(f"{self._prefix}:wake", after, timeout_s=timeout_s)
 
     async def wait_for_announcement(self, after: str, *, timeout_s: float) -> str:
         """The same for committed shards."""
-        return await self._connection.wait_for_entry(f"{self._prefix}:announced", after, timeout_s=timeout_s)
+        return await self.connection.wait_for_entry(f"{self._prefix}:announced", after, timeout_s=timeout_s)
 
     async def _script(self, name: str, arguments: Sequence[object] = ()) -> Any:
-        return await self._connection.script(f"scheduler/{name}", [self._prefix], arguments)
+        return await self.connection.script(f"scheduler/{name}", [self._prefix], arguments)
 
 
 def enqueue_arguments(tasks: Sequence[Task]) -> list[str | int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from scheduler.queue import Queue
 from scheduler.reconcile import reconcile
 from tests.datasets import admit_texts, small_dataset
 from tests.invariants import check_dataset
-from worker import batch_lane, batch_matching
+from worker import batch_lane, batch_matching, batch_pace, batch_results, batch_sending
 from worker.embedders.jina import JinaEmbedder
 from worker.service import Worker
 
@@ -59,12 +59,15 @@ class Bench:
         patient: bool = True,
         namespace: str = "n",
         budget: Unlimited | None = None,
+        on_start: Callable[[Worker], None] = lambda _: None,
     ) -> Worker:
-        """A new worker on an empty Redis, until nothing is owed, until `until`, or until it gives up."""
+        """A new worker on an empty Redis, until nothing is owed, until `until`, or until it gives up. on_start: gets it
+        before it runs."""
         connection, embedder = Connection(FAKE_URL), self.embedder(key)
         dataset = Dataset.open(self.dataset.url)
         queue = Queue(connection, namespace=namespace)
         worker = Worker(queue, embedder, budget=budget or Unlimited(), grace_s=1, patient=patient)
+        on_start(worker)
 
         async def watch() -> None:
             while not (until() if until else not dataset.owed()):  # noqa: ASYNC110
@@ -128,11 +131,13 @@ async def bench(folder: Path, *, shard_rows: int = 40, **behaviour: Any) -> Asyn
     """Looks follow each other at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_lane, "_FIRST_LOOK_S", 0.05)
-        patch.setattr(batch_lane, "LOOK_AGAIN_S", 0.05)
-        patch.setattr(batch_matching, "LOOK_AGAIN_S", 0.05)
+        for module in (batch_lane, batch_matching, batch_pace, batch_results, batch_sending):
+            patch.setattr(module, "LOOK_AGAIN_S", 0.05)
+        patch.setattr(batch_pace, "_FIRST_WAIT_S", 0.05)
         patch.setattr(batch_matching, "SETTLED_S", 0.3)
         patch.setattr(batch_matching, "_OUTPUT_LATE_S", 0.3)
         patch.setattr("worker.service._FIRST_RETRY_S", 0.05)
+        patch.setattr("worker.service._OTHERS_AGAIN_S", 0.05)
         async with serve_rehearsal(Rehearsal(**{"batch_s": 0, **behaviour})) as (api_base, simulator):
             yield Bench(folder / "dataset", simulator, api_base, shard_rows=shard_rows)
 

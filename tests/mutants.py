@@ -16,7 +16,7 @@ from unittest import mock
 from embedmill import connection
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import Marker
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from embedmill.inbox import InboxMessage
 from embedmill.messages import Announcement, DeadLetter, Task
 from scheduler.inbox import InboxAdmission, _MessageBatch
@@ -223,6 +223,11 @@ MUTANTS = [
         _patched("scheduler.admission.Admitter.is_gathering", False),
         inbox.documents_of_many_jobs_are_gathered_side_by_side,
     ),
+    Mutant(
+        "what waits for the last passage of its document takes no room",
+        _patched("scheduler.admission.Admitter.gathered_bytes", 0),
+        inbox.documents_whose_last_passage_never_comes_are_refused_where_they_take_too_much_room,
+    ),
     Mutant("finish and announce in two calls", _finish_apart, seeds=_from(2)),
     Mutant(
         "finish before the marker is durable",
@@ -231,7 +236,7 @@ MUTANTS = [
     ),
     Mutant(
         "objects that overwrite each other",
-        _patched("embedmill.dataset.store.LocalStore._publish", _publish_over_others),
+        _patched("embedmill.dataset.local_store.LocalStore._publish", _publish_over_others),
         seeds=_from(0),
     ),
     Mutant(

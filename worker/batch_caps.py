@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.errors import BatchPending, CapReached
+from embedmill.errors import CapReached
 from embedmill.token_bounds import most_tokens
-from scheduler.caps import Cap, cap_reached_words
-
-_ROOM_AGAIN_S = 10.0
+from scheduler.caps import Cap, batches_hold_the_rest, cap_reached_words
 
 
 class CapRoom:
@@ -37,9 +35,10 @@ class CapRoom:
             return len(texts)
         count = await to_thread.run_sync(self._fitting, texts, room.limit - room.charged - room.batches)
         if not count and room.batches:
-            raise BatchPending("open batches hold what is left of the job's cap", retry_after_s=_ROOM_AGAIN_S)
+            raise batches_hold_the_rest()
         if not count:
-            raise CapReached(cap_reached_words(self._job, limit=room.limit, spent=room.charged), limit=room.limit)
+            words = cap_reached_words(self._job, limit=room.limit, spent=room.charged, abandoned=room.abandoned)
+            raise CapReached(words, limit=room.limit)
         return count
 
     async def holds(self) -> bool:

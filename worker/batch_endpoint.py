@@ -38,12 +38,11 @@ class BatchStatus:
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """The answer to one text: a vector (dimensions,) float32, or why there is none. rejected: for what the text is."""
+    """The answer to one text: a vector (dimensions,) float32, or why there is none."""
 
     custom_id: str
     vector: NDArray[np.float32] | None
     error: str = ""
-    rejected: bool = False
 
 
 class OutputMissing(OutcomeUnknown):
@@ -92,7 +91,10 @@ class BatchEndpoint(Protocol):
 
 @runtime_checkable
 class HasSecrets(Protocol):
-    """A budget of several keys, which come and go."""
+    """A budget of several keys, which come and go. usable_secrets: those of them that are not refused."""
+
+    @property
+    def secrets(self) -> tuple[str, ...]: ...
 
     @property
     def usable_secrets(self) -> tuple[str, ...]: ...

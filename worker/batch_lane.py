@@ -7,12 +7,9 @@ certainly reached nobody. A batch that failed as a whole is sent once more, unde
 
 from __future__ import annotations
 
-import json
-import random
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -26,31 +23,22 @@ from embedmill.errors import (
     BatchHeld,
     BatchPending,
     CapReached,
-    EmbedmillError,
-    InputRejected,
     InvalidKey,
     NoBalance,
-    ObjectExists,
-    OutcomeUnknown,
-    Overloaded,
-    RequestTooLarge,
 )
 from embedmill.failpoints import afailpoint
-from scheduler.caps import Cap
 
-from .batch_caps import CapRoom
 from .batch_endpoint import BatchEndpoint, BatchStatus
-from .batch_matching import LOOK_AGAIN_S, Matching, Sightings, held_error
+from .batch_matching import Matching, Sightings, held_error, unknown_error
+from .batch_pace import LOOK_AGAIN_S, Pace, uncounted
 from .batch_results import BatchResults
+from .batch_sending import BatchSender
 from .requesting import Requester
-from .results import ShardResults, billed_only
+from .results import billed_only
+from .shard_requests import ShardRequests
 
-MOST_OPEN = 64
-_PLACE_AGAIN_S, _WAITING_PER_S = 10.0, 5.0
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 1.0, 300.0
 _MOST_SENT = 2
-# Between intent and request; older ones are let be, see `batch_matching.SETTLED_S`.
-_SENT_WITHIN_S = 30.0
 
 
 @dataclass(slots=True)
@@ -64,74 +52,79 @@ class Compared:
 class BatchLane:
     """One shard on its way through the endpoint.
 
-    endpoints: one for each key that may be used, at least one; submits: whether what is owed is sent, or only what was
-    sent is fetched. compared, sightings: shared by all lanes of a process.
+    endpoints: one for each key, also of those that are refused; senders: of the keys that may be used, at least one;
+    submits: whether what is owed is sent, or only what was sent is fetched. compared, sightings, pace: shared by all lanes
+    of a process.
     """
 
     def __init__(
         self,
         endpoints: Sequence[BatchEndpoint],
+        senders: Sequence[BatchEndpoint],
         requester: Requester,
         dataset: Dataset,
         shard: int,
         *,
         worker: str,
         submits: bool,
-        attempts: int,
         compared: Compared,
         sightings: Sightings,
+        pace: Pace,
     ) -> None:
         self._endpoints = list(endpoints)
         self._requester = requester
         self._dataset = dataset
         self._shard = shard
-        self._worker = worker
         self._submits = submits
-        self._attempts = attempts
         self._compared = compared
         self._sightings = sightings
+        self._job = dataset.admission(shard).job
         self._submissions = Submissions(dataset)
-        self._seen: dict[str, BatchStatus] = {}
+        self._seen: dict[str, tuple[BatchEndpoint, BatchStatus]] = {}
+        self._sender = BatchSender(senders, requester, dataset, shard, worker=worker, pace=pace, seen=self._seen)
 
     async def look(self) -> None:
         """Raises BatchPending when all that was sent is still on its way, or there is no place for what was not: the shard
         need not even be read then."""
         if self._submits and not await self._read():
-            await to_thread.run_sync(self._require_place)
+            await self._sender.require_place()
         submissions = await self._open()
         if not submissions or any(one.accepted is None for one in submissions):
             return
         for submission in submissions:
-            if not (await self._status(submission)).is_open:
+            try:
+                _, batch = await self._status(submission)
+            except BatchHeld:
+                # `work_off` says so, once it has fetched the others of the shard.
+                return
+            if not batch.is_open:
                 return
         raise self._pending(submissions[0])
 
     async def work_off(
         self,
+        requests: ShardRequests,
         *,
-        ids: Sequence[tuple[str, int]],
-        texts: Sequence[str],
-        results: ShardResults,
-        job: str,
-        cap: Cap,
         keep: Callable[[], Awaitable[None]],
         stopping: Callable[[], bool],
     ) -> None:
         """Fetch what is done and send what is owed. What is owed after it is for ordinary requests.
 
-        ids, texts: of every row; cap: of the job, for ordinary requests; keep: puts results into a checkpoint; stopping:
-        nothing more is sent. Raises BatchPending while anything is with the provider, BatchHeld, CapReached,
-        TransientError, JobFatalError.
+        requests: of the shard; keep: puts results into a checkpoint; stopping: nothing more is sent. Raises BatchPending
+        while anything is with the provider, BatchHeld, CapReached, TransientError, JobFatalError.
         """
-        fetching = BatchResults(
-            self._requester, results,
-            ids=ids, texts=texts, job=job, cap=cap, dtype=self._dataset.info.dtype, attempts=self._attempts,
-            stopping=stopping,
-        )  # fmt: skip
-        submissions = await self._read()
-        for submission in submissions:
-            if submission.is_open:
-                await self._go_on(submission, fetching, keep, job=job)
+        results = requests.results
+        fetching = BatchResults(requests, self._sightings, stopping=stopping)
+        trouble: BatchPending | BatchHeld | CapReached | None = None
+        for submission in await self._open():
+            try:
+                await self._go_on(submission, fetching, keep, job=requests.job)
+            except (BatchPending, BatchHeld, CapReached) as error:
+                # The output of another one may be gone before this one's trouble is over.
+                if trouble is None or isinstance(trouble, BatchPending):
+                    trouble = error
+        if trouble is not None:
+            raise trouble
         last_number = await to_thread.run_sync(self._submissions.last_number, self._shard)
         submissions = await self._read()
         # The marker says what all of them were billed; their lines in the spend log are written already.
@@ -149,7 +142,7 @@ class BatchLane:
         if self._submits and fresh and not stopping():
             self._refuse_what_keeps_failing(submissions, fresh)
             try:
-                await self._send(fresh, texts, stopping, cap=cap, number=last_number + 1)
+                await self._sender.send(fresh, requests.texts, stopping, cap=requests.cap, number=last_number + 1)
             except BatchPending:
                 # What makes room may be ours, and done sooner.
                 if not await self._open():
@@ -162,13 +155,21 @@ class BatchLane:
         self, submission: Submission, fetching: BatchResults, keep: Callable[[], Awaitable[None]], *, job: str
     ) -> None:
         if submission.accepted is None:
-            with _uncounted():
-                endpoint = self._endpoint_of(submission.intent)
-                batch_id = await Matching(endpoint, self._submissions, self._sightings).find(submission)
-            if batch_id is None:
+            if await self._find(submission) is None:
                 return
             submission = next(one for one in await self._read() if one.intent == submission.intent)
-        batch = await self._status(submission)
+        try:
+            await self._finish(submission, fetching, keep, job=job)
+        except (BatchHeld, CapReached) as error:
+            # So that no other shard of the job takes it for one that is worth waiting for.
+            await to_thread.run_sync(self._submissions.hold, submission.intent, str(error))
+            raise
+
+    async def _finish(
+        self, submission: Submission, fetching: BatchResults, keep: Callable[[], Awaitable[None]], *, job: str
+    ) -> None:
+        """Fetch and end one with a batch, once that is done."""
+        endpoint, batch = await self._status(submission)
         if batch.is_open:
             return
         if batch.state == "cancelled":
@@ -177,11 +178,10 @@ class BatchLane:
         await to_thread.run_sync(self._note_bill, submission.intent, batch)
         if batch.state == "completed":
             async with self._compared.lock:
-                if self._dataset.info.id not in self._compared.datasets:
-                    endpoint = self._endpoint_of(submission.intent)
-                    if await fetching.compare(endpoint, submission, batch):
-                        self._compared.datasets.add(self._dataset.info.id)
-            await fetching.fetch(self._endpoint_of(submission.intent), submission, batch)
+                known = self._dataset.info.id in self._compared.datasets
+                if not known and await fetching.compare(endpoint, submission, batch):
+                    self._compared.datasets.add(self._dataset.info.id)
+            await fetching.fetch(endpoint, submission, batch)
             await keep()
             await afailpoint("batch.after_results")
         billed = await to_thread.run_sync(partial(self._end, submission.intent, batch))
@@ -190,8 +190,7 @@ class BatchLane:
         self._requester.counts.requests += 1
 
     def _note_bill(self, intent: Intent, batch: BatchStatus) -> None:
-        job = self._dataset.admission(self._shard).job
-        self._submissions.spend(intent, batch.batch_id, job=job, tokens=_billed(intent, batch))
+        self._submissions.spend(intent, batch.batch_id, job=self._job, tokens=_billed(intent, batch))
 
     def _end(self, intent: Intent, batch: BatchStatus) -> int:
         """What it was billed; 0 where somebody else has said so already."""
@@ -199,22 +198,46 @@ class BatchLane:
         how: How = "done" if batch.state == "completed" else "failed" if batch.state == "failed" else "expired"
         return tokens if self._submissions.end(intent, how, tokens=tokens, reason=batch.error) else 0
 
-    async def _status(self, submission: Submission) -> BatchStatus:
-        """Of a submission with a batch. Raises BatchHeld for one that the provider does not have."""
+    async def _find(self, submission: Submission) -> str | None:
+        """See `Matching.find`."""
+        *others, last = self._who_may_know(submission.intent)
+        for endpoint in others:
+            with suppress(InvalidKey, NoBalance):
+                return await self._find_with(endpoint, submission)
+        return await self._find_with(last, submission)
+
+    async def _find_with(self, endpoint: BatchEndpoint, submission: Submission) -> str | None:
+        with uncounted():
+            return await Matching(endpoint, self._submissions, self._sightings).find(submission)
+
+    async def _status(self, submission: Submission) -> tuple[BatchEndpoint, BatchStatus]:
+        """Of a submission with a batch, and who knows it. Raises BatchPending or BatchHeld where nobody does."""
         assert submission.accepted is not None
         batch_id = submission.accepted.batch_id
         if batch_id not in self._seen:
-            with _uncounted():
-                status = await self._endpoint_of(submission.intent).status(batch_id)
-            if status is None:
-                raise held_error(submission, self._why_unknown(submission.intent, batch_id))
-            self._seen[batch_id] = status
+            self._seen[batch_id] = await self._ask(submission, batch_id)
+            if submission.held is not None and self._seen[batch_id][1].is_open:
+                await to_thread.run_sync(self._submissions.unhold, submission.intent)
         return self._seen[batch_id]
 
-    def _why_unknown(self, intent: Intent, batch_id: str) -> str:
-        if intent.key != self._endpoint_of(intent).key_id:
-            return f"{batch_id} was sent with another API key ({intent.key}), and this one does not know it"
-        return f"the provider does not know {batch_id} any more, or its output is gone"
+    async def _ask(self, submission: Submission, batch_id: str) -> tuple[BatchEndpoint, BatchStatus]:
+        refusal: InvalidKey | NoBalance | None = None
+        own_key: bool | None = None
+        for endpoint in self._who_may_know(submission.intent):
+            try:
+                with uncounted():
+                    status = await endpoint.status(batch_id)
+            except (InvalidKey, NoBalance) as error:
+                refusal = error
+                continue
+            if status is not None:
+                return endpoint, status
+            own_key = endpoint.key_id == submission.intent.key
+            if own_key:
+                break
+        if refusal is not None and own_key is None:
+            raise refusal
+        raise unknown_error(submission, own_key=bool(own_key))
 
     def _refuse_what_keeps_failing(self, submissions: Sequence[Submission], rows: Sequence[int]) -> None:
         failed = [one for one in submissions if one.ended is not None and one.ended.how in ("failed", "expired")]
@@ -227,109 +250,13 @@ class BatchLane:
                 " again by itself. `embedmill run --no-batch` embeds the rest of the job by ordinary requests"
             )
 
-    async def _send(
-        self, rows: Sequence[int], texts: Sequence[str], stopping: Callable[[], bool], *, cap: Cap, number: int
-    ) -> None:
-        room = CapRoom(self._dataset, job=self._dataset.admission(self._shard).job, cap=cap)
-        left, most_bytes, most_lines = list(rows), self._endpoints[0].max_bytes, self._endpoints[0].max_lines
-        while left and not stopping():
-            await to_thread.run_sync(self._require_place)
-            taken = _fitting(left, texts, most_lines=most_lines, most_bytes=most_bytes)
-            taken = await room.affordable([texts[row] for row in left[:taken]])
-            wanted = [texts[row] for row in left[:taken]]
-            try:
-                with _uncounted():
-                    async with cap.set_aside(wanted) as hold:
-                        await self._submit(
-                            self._endpoints[0], left[:taken], wanted,
-                            room=room, most_tokens=hold.most_tokens, number=number,
-                        )  # fmt: skip
-            except CapReached:
-                # Redis knows of more than the logs, as what dead workers may have spent.
-                if taken == 1:
-                    raise
-                most_lines = taken // 2
-                continue
-            except (InvalidKey, NoBalance):
-                # Another key of the same owner may do.
-                if len(self._endpoints) == 1:
-                    raise
-                del self._endpoints[0]
-                continue
-            except RequestTooLarge as error:
-                if taken == 1:
-                    raise BatchHeld(f"a batch of one passage is too large for the provider: {error}") from error
-                most_bytes = sum(_line_bytes(texts[row]) for row in left[:taken]) // 2
-                continue
-            left, number = left[taken:], number + 1
-
-    async def _submit(
-        self, endpoint: BatchEndpoint, rows: Sequence[int], texts: Sequence[str], *,
-        room: CapRoom, most_tokens: int, number: int,
-    ) -> None:  # fmt: skip
-        """texts: of these rows."""
-        listed, _ = await endpoint.recent()
-        estimates = await to_thread.run_sync(self._requester.embedder.estimate_tokens, texts)
-        began_s = time.monotonic()
-
-        def intend() -> Intent:
-            return self._submissions.intend(
-                self._shard,
-                rows,
-                number=number,
-                model=endpoint.model,
-                tokens=sum(estimates),
-                key=endpoint.key_id,
-                api_base=endpoint.api_base,
-                worker=self._worker,
-                before=[batch.batch_id for batch in listed],
-                most_tokens=most_tokens,
-            )
-
-        try:
-            intent = await to_thread.run_sync(intend)
-        except ObjectExists as error:
-            raise BatchPending("somebody else is at this shard", retry_after_s=LOOK_AGAIN_S) from error
-        await afailpoint("batch.after_intent")
-        if not await room.holds():
-            # Somebody else took the room meanwhile, or stands back likewise.
-            await to_thread.run_sync(self._submissions.withdraw, intent)
-            raise BatchPending("others were faster at the job's cap", retry_after_s=random.uniform(1.0, 3.0))
-        if time.monotonic() - began_s > _SENT_WITHIN_S:
-            # Somebody may already be looking for it.
-            raise BatchPending(f"submission {intent.name} was not sent in time", retry_after_s=LOOK_AGAIN_S)
-        status = await self._answer(endpoint, intent, dict(zip(map(intent.custom_id, rows), texts, strict=True)))
-        with anyio.CancelScope(shield=True):
-            await afailpoint("batch.after_submit")
-            await to_thread.run_sync(partial(self._submissions.accept, intent, status.batch_id, by="answer"))
-            await afailpoint("batch.after_accept")
-        self._seen[status.batch_id] = status
-
-    async def _answer(self, endpoint: BatchEndpoint, intent: Intent, texts: Mapping[str, str]) -> BatchStatus:
-        """What certainly made no batch is taken back; of what may have, the intent stays, and is looked for."""
-        try:
-            return await endpoint.submit(texts)
-        except OutcomeUnknown as error:
-            raise BatchPending(f"{error}; submission {intent.name}", retry_after_s=LOOK_AGAIN_S) from error
-        except EmbedmillError as error:
-            await to_thread.run_sync(self._submissions.withdraw, intent)
-            if isinstance(error, InputRejected) and not isinstance(error, RequestTooLarge):
-                raise BatchHeld(f"the batch endpoint refuses a whole batch: {error}; nothing is lost") from error
-            raise
-
-    def _endpoint_of(self, intent: Intent) -> BatchEndpoint:
-        """With the key that it was sent with, while that may be used; else another one of the same owner's."""
-        return next((one for one in self._endpoints if one.key_id == intent.key), self._endpoints[0])
+    def _who_may_know(self, intent: Intent) -> list[BatchEndpoint]:
+        """With the key that it was sent with, also where that sends nothing more; then others, of the same owner's maybe."""
+        own = [one for one in self._endpoints if one.key_id == intent.key]
+        return own + [one for one in self._sender.endpoints if one.key_id != intent.key]
 
     async def _open(self) -> list[Submission]:
         return [one for one in await self._read() if one.is_open]
-
-    def _require_place(self) -> None:
-        """Raises BatchPending; those who wait come back at some speed together, however many they are."""
-        owed = self._dataset.owed()
-        if self._submissions.count_open(owed) >= MOST_OPEN:
-            delay_s = max(_PLACE_AGAIN_S, len(owed) / _WAITING_PER_S)
-            raise BatchPending("as many batches as may be are open", retry_after_s=random.uniform(0.5, 1.5) * delay_s)
 
     async def _read(self) -> list[Submission]:
         return await to_thread.run_sync(self._submissions.of_shard, self._shard)
@@ -340,7 +267,7 @@ class BatchLane:
         if accepted is None:
             return BatchPending(f"submission {intent.name} is unanswered", retry_after_s=LOOK_AGAIN_S)
         waited_s = (datetime.now(tz=UTC) - datetime.fromisoformat(accepted.at)).total_seconds()
-        seen = self._seen.get(accepted.batch_id)
+        _, seen = self._seen.get(accepted.batch_id, (None, None))
         words = f", {seen.completed + seen.failed:,} of {len(intent.row_numbers()):,} passages" if seen else ""
         return BatchPending(
             f"waiting for {accepted.batch_id} of shard {self._shard}{words}",
@@ -348,30 +275,6 @@ class BatchLane:
         )
 
 
-@contextmanager
-def _uncounted() -> Iterator[None]:
-    """What fails while nothing is paid for says nothing against the shard."""
-    try:
-        yield
-    except (Overloaded, OutcomeUnknown) as error:
-        raise BatchPending(str(error), retry_after_s=max(error.retry_after_s or 0.0, LOOK_AGAIN_S)) from error
-
-
-def _fitting(rows: Sequence[int], texts: Sequence[str], *, most_lines: int, most_bytes: int) -> int:
-    """How many of the first rows one batch may hold; at least one."""
-    size = 0
-    for count, row in enumerate(rows):
-        size += _line_bytes(texts[row])
-        if count and (count >= most_lines or size > most_bytes):
-            return count
-    return len(rows)
-
-
 def _billed(intent: Intent, batch: BatchStatus) -> int:
     """Its estimate, where the provider does not say."""
     return batch.tokens or (intent.tokens if batch.state == "completed" else 0)
-
-
-def _line_bytes(text: str) -> int:
-    """At most, with its custom_id and what is around it."""
-    return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")) + 80

@@ -11,6 +11,7 @@ from embedmill.errors import BatchHeld, ConfigurationError
 from .batch_endpoint import BatchEndpoint, EmbedsInBatches, HasSecrets
 from .batch_lane import BatchLane, Compared
 from .batch_matching import Sightings
+from .batch_pace import Pace
 from .requesting import Requester
 
 
@@ -23,8 +24,9 @@ class BatchLanes:
         self._endpoints: dict[str, BatchEndpoint] = {}
         self._compared = Compared()
         self._sightings = Sightings()
+        self._pace = Pace()
 
-    async def lane(self, dataset: Dataset, shard: int, *, attempts: int) -> BatchLane | None:
+    async def lane(self, dataset: Dataset, shard: int) -> BatchLane | None:
         """None for a shard of another job, unless something of it was sent before the job changed its mode.
 
         Raises BatchHeld where the embedder has no such endpoint.
@@ -38,11 +40,11 @@ class BatchLanes:
         if not submits and not has_sent:
             return None
         budget = self._requester.budget
-        secrets = budget.usable_secrets if isinstance(budget, HasSecrets) else ("",)
+        secrets, senders = (budget.secrets, budget.usable_secrets) if isinstance(budget, HasSecrets) else (("",), ("",))
         return BatchLane(
-            list(map(self._endpoint, secrets)), self._requester, dataset, shard,
-            worker=self._worker, submits=submits, attempts=attempts,
-            compared=self._compared, sightings=self._sightings,
+            list(map(self._endpoint, secrets)), list(map(self._endpoint, senders)), self._requester, dataset, shard,
+            worker=self._worker, submits=submits,
+            compared=self._compared, sightings=self._sightings, pace=self._pace,
         )  # fmt: skip
 
     async def aclose(self) -> None:

@@ -20,11 +20,11 @@ from embedmill.dataset.submissions import Intent, Submission, Submissions
 from embedmill.errors import BatchHeld, BatchPending
 
 from .batch_endpoint import BatchEndpoint, BatchStatus, OutputMissing
+from .batch_pace import LOOK_AGAIN_S
 
 # Longer than a request can take, and than a worker that was stopped between intent and request waits before it lets it be.
 SETTLED_S = 300.0
-LOOK_AGAIN_S = 5.0
-_OTHER_KEY_AFTER_S = 3600.0
+_OTHER_KEY_AFTER_S, _OTHER_KEY_AGAIN_S = 3600.0, 60.0
 _OUTPUT_LATE_S = 60.0
 
 
@@ -32,13 +32,18 @@ _OUTPUT_LATE_S = 60.0
 class Sightings:
     """What a process has seen of batches that may be anybody's.
 
-    owners: the custom_id of a line, by batch; mute_since_s: when a completed batch first had none to show, on the monotonic
+    owners: the custom_id of a line, by batch; mute_since_s: when a completed batch first had lines missing, on the monotonic
     clock; candidates: the batches that a submission, by its attempt, may be, which is final when it is settled.
     """
 
     owners: dict[str, str] = field(default_factory=dict)
     mute_since_s: dict[str, float] = field(default_factory=dict)
     candidates: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def may_be_late(self, batch_id: str) -> bool:
+        """Whether lines that a completed batch does not show may yet come."""
+        now_s = time.monotonic()
+        return now_s - self.mute_since_s.setdefault(batch_id, now_s) < _OUTPUT_LATE_S
 
 
 class Matching:
@@ -75,14 +80,16 @@ class Matching:
         unclear += sorted(candidates - {batch.batch_id for batch in listed} - taken - self._sightings.owners.keys())
         if submission.held is not None:
             raise held_error(submission, submission.held.reason)
-        if waited_for or _age_s(intent) < SETTLED_S:
+        if waited_for or _age_s(intent.at) < SETTLED_S:
             may_be = f", which may be {', '.join(waited_for[:3])}" if waited_for else ""
             raise BatchPending(
                 f"nobody knows yet what became of submission {intent.name}{may_be}", retry_after_s=LOOK_AGAIN_S
             )
         if intent.key != self._endpoint.key_id:
-            if _age_s(intent) < _OTHER_KEY_AFTER_S:
-                raise BatchPending(f"submission {intent.name} was sent with another key", retry_after_s=60.0)
+            if _age_s(intent.at) < _OTHER_KEY_AFTER_S:
+                raise BatchPending(
+                    f"submission {intent.name} was sent with another key", retry_after_s=_OTHER_KEY_AGAIN_S
+                )
             await self._hold(
                 submission, f"it was sent with another API key ({intent.key}), which no worker has", unclear
             )
@@ -103,7 +110,7 @@ class Matching:
     def _candidates(self, intent: Intent, new: Sequence[BatchStatus]) -> frozenset[str]:
         """Those that it may be, of the new ones: what comes into its key's list when it is settled was sent later."""
         found = frozenset(batch.batch_id for batch in new)
-        if intent.key != self._endpoint.key_id or _age_s(intent) < SETTLED_S:
+        if intent.key != self._endpoint.key_id or _age_s(intent.at) < SETTLED_S:
             return found
         return self._sightings.candidates.setdefault(intent.attempt, found)
 
@@ -121,19 +128,34 @@ class Matching:
         return owners.get(batch.batch_id)
 
     def _may_be_late(self, batch: BatchStatus) -> bool:
-        """Whether lines that a batch does not show may yet come."""
-        now_s = time.monotonic()
-        since_s = self._sightings.mute_since_s.setdefault(batch.batch_id, now_s)
-        return batch.state == "completed" and now_s - since_s < _OUTPUT_LATE_S
+        return batch.state == "completed" and self._sightings.may_be_late(batch.batch_id)
 
 
 def held_error(submission: Submission, reason: str) -> BatchHeld:
     """Says what a person does. It is never sent again by itself."""
     intent = submission.intent
     return BatchHeld(
-        f"submission {intent.name} is held: {reason}; nothing is sent again by itself. Look at `embedmill batches list`,"
-        f" then `embedmill batches adopt {intent.name} BATCH_ID` or `embedmill batches discard {intent.name}`, and let the"
-        " job go on"
+        f"submission {intent.name} is held: {reason}; nothing is sent again by itself. Look at"
+        f" `embedmill batches list --to DATASET`, then `embedmill batches adopt {intent.name} BATCH_ID --to DATASET` or"
+        f" `embedmill batches discard {intent.name} --to DATASET`, and let the job go on"
+    )
+
+
+def unknown_error(submission: Submission, *, own_key: bool) -> BatchPending | BatchHeld:
+    """What it means that the provider does not have the batch of a submission. own_key: that which sent it says so."""
+    intent, accepted = submission.intent, submission.accepted
+    assert accepted is not None
+    batch_id, age_s = accepted.batch_id, _age_s(accepted.at)
+    if age_s < SETTLED_S:
+        return BatchPending(f"the provider does not show {batch_id} yet", retry_after_s=LOOK_AGAIN_S)
+    if own_key:
+        return held_error(submission, f"the provider does not know {batch_id} any more, or its output is gone")
+    if age_s < _OTHER_KEY_AFTER_S:
+        return BatchPending(
+            f"{batch_id} was sent with another key, which cannot be asked", retry_after_s=_OTHER_KEY_AGAIN_S
+        )
+    return held_error(
+        submission, f"{batch_id} was sent with another API key ({intent.key}), and those at hand do not know it"
     )
 
 
@@ -141,5 +163,5 @@ def _fits(batch: BatchStatus, intent: Intent) -> bool:
     return batch.model == intent.model and batch.total in (None, len(intent.row_numbers()))
 
 
-def _age_s(intent: Intent) -> float:
-    return (datetime.now(tz=UTC) - datetime.fromisoformat(intent.at)).total_seconds()
+def _age_s(at: str) -> float:
+    return (datetime.now(tz=UTC) - datetime.fromisoformat(at)).total_seconds()

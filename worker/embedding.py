@@ -1,7 +1,7 @@
 """One leased shard, from its documents to its marker.
 
-Whatever happens on the way, what was paid for is kept: results go to checkpoints every two seconds, and once more when the
-work is cancelled, drained or fails.
+Whatever happens on the way, what was paid for is kept: results go to checkpoints at least every two seconds, those that
+somebody is paid for up to ten times a second, and once more when the work is cancelled, drained or fails.
 """
 
 from __future__ import annotations
@@ -250,24 +250,18 @@ class ShardEmbedding:
                 except EmbedmillError as error:
                     self._trouble = self._trouble or error
                 work.cancel_scope.cancel()
-        finally:
-            if self._results.owed():
-                with anyio.CancelScope(shield=True):
-                    await self._keep()
+        except BaseException:
+            await self._keep_shielded()
+            raise
+        # What is whole goes straight into the commit.
+        if self._results.owed():
+            await self._keep_shielded()
         if self._trouble is not None:
             raise self._trouble
 
     async def _work_off(self, owed: list[int]) -> None:
         if self._batches is not None:
-            await self._batches.work_off(
-                ids=self._ids,
-                texts=self._texts,
-                results=self._results,
-                job=job_key(self._dataset.info.id, self._origin.job),
-                cap=self.cap,
-                keep=self._keep,
-                stopping=lambda: self.stopping,
-            )
+            await self._batches.work_off(self._requests, keep=self._keep, stopping=lambda: self.stopping)
             owed = self._results.owed()
             if not owed:
                 return
@@ -351,6 +345,10 @@ class ShardEmbedding:
             keeping_s = time.monotonic() - began_s
             wait_s = max(_PAID_CHECKPOINT_S, keeping_s / _KEEPING_SHARE) if paid else 2 * wait_s
             wait_s = min(CHECKPOINT_EVERY_S, wait_s)
+
+    async def _keep_shielded(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._keep()
 
     async def _keep(self) -> None:
         async with self._keeping:

@@ -11,7 +11,9 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
@@ -40,7 +42,7 @@ from scheduler.keyring import Key, KeyRing
 from .attempts import embed_batch
 from .embedders.jina import API_BASE, JinaEmbedder
 from .embedders.jina_sparse import JinaSparseEmbedder
-from .gate import inspect
+from .gate import inspect, may_share_vector
 from .keys import FoundKeys, keys_from_environment, split_keys
 from .packing import pack
 
@@ -257,6 +259,7 @@ class JinaEmbedding(Generic[_V]):
         self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="embedmill-jina", daemon=True)
         self._thread.start()
         self._close = weakref.finalize(self, _end_loop, self._loop, self._thread, self._encoder)
+        self._closing = threading.Lock()
 
     @property
     def dim(self) -> int:
@@ -279,7 +282,9 @@ class JinaEmbedding(Generic[_V]):
         return self.encode_documents(texts)
 
     def close(self) -> None:
-        self._close()
+        """Whatever other threads wait for ends with a ConfigurationError."""
+        with self._closing:
+            self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -288,11 +293,16 @@ class JinaEmbedding(Generic[_V]):
         self.close()
 
     def _wait_for(self, encode: Callable[[Sequence[str]], Coroutine[Any, Any, _T]], texts: Sequence[str]) -> _T:
-        if not self._close.alive:
-            raise ConfigurationError("this JinaEmbedding is closed: make a new one")
-        answer = asyncio.run_coroutine_threadsafe(encode(texts), self._loop)
+        closed = ConfigurationError("this JinaEmbedding is closed: make a new one")
+        # What the loop is given before it is told to end is cancelled there; what comes later, nobody would answer.
+        with self._closing:
+            if not self._close.alive:
+                raise closed
+            answer = asyncio.run_coroutine_threadsafe(encode(texts), self._loop)
         try:
             return answer.result()
+        except CancelledError:
+            raise closed from None
         except BaseException:
             # Ctrl-C ends the waiting here, and the requests there.
             answer.cancel()
@@ -302,16 +312,16 @@ class JinaEmbedding(Generic[_V]):
 class _CheckedJinaEmbedder(JinaEmbedder):
     """Answers that the worker's gate would not let pass are failures, so that the one place of retries sees them."""
 
-    async def embed(self, texts: Sequence[str], *, role: Role = "document") -> Embedding:
-        embedding = await super().embed(texts, role=role)
+    async def embed_with(self, key: str, texts: Sequence[str], *, role: Role = "document") -> Embedding:
+        embedding = await super().embed_with(key, texts, role=role)
         if self.spec.packs_bits:
             return embedding
         report = inspect(embedding.vectors, texts, dimensions=self.spec.dimensions)
         if report.bad:
             row, cause = next(iter(report.bad.items()))
             raise OutcomeUnknown(f"the answer cannot be used: {cause} (text {row} of {len(texts)} in its request)")
-        # Texts that were all cut may differ only behind the cut.
-        if report.alike and len(set(texts)) > 2 and min(map(len, texts)) < self.spec.max_input_tokens:
+        sent = replace(self.spec, options={**self.spec.options, "truncate": self.cuts(role)})
+        if report.alike and not may_share_vector(texts, sent):
             raise OutcomeUnknown(f"the answer cannot be used: {len(set(texts))} different texts got one vector")
         return embedding
 
@@ -347,6 +357,10 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, encoder: AsyncJinaEmbedding[Any]) -> None:
     async def end() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         with suppress(Exception):
             await encoder.aclose()
         loop.stop()

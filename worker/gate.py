@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from embedmill.embedder import EmbedderSpec
+from embedmill.embedder import EmbedderSpec, is_local
 from embedmill.token_bounds import most_tokens
 
-_LOCAL = ("local/", "null/")
 _FLOAT32: np.dtype[np.floating] = np.dtype(np.float32)
 
 
@@ -57,13 +56,14 @@ def may_share_vector(texts: Sequence[str], spec: EmbedderSpec) -> bool:
     fold case, accents and blanks. A local model is believed whatever the texts: there is nobody between it and us, and its
     vocabulary may know no character of them.
     """
-    if spec.model.startswith(_LOCAL):
-        return True
+    return is_local(spec.model) or may_all_be_cut(texts, spec) or len(set(map(_folded, texts))) == 1
+
+
+def may_all_be_cut(texts: Sequence[str], spec: EmbedderSpec) -> bool:
+    """Whether none of these texts is certain to reach the model whole."""
     limit = spec.max_input_tokens
-    may_be_cut = limit > 0 and spec.options.get("truncate") is not False
-    if may_be_cut and all(most_tokens([text]) >= limit for text in texts):
-        return True
-    return len(set(map(_folded, texts))) == 1
+    cuts = limit > 0 and spec.options.get("truncate") is not False
+    return cuts and all(most_tokens([text]) >= limit for text in texts)
 
 
 def _folded(text: str) -> str:

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import anyio
 from anyio import to_thread
 
-from embedmill.errors import EmbedderFailed, EmbedmillError, TransientError
+from embedmill.errors import BatchPending, EmbedderFailed, EmbedmillError, TransientError
 
 from .requesting import CANARY, Requester
 from .results import ShardResults
@@ -141,6 +141,9 @@ class Trials:
                 await self._requests.estimate(rows)
             self._controlled = controlled
             await self._requests.embed(rows)
+        except BatchPending:
+            # Nothing was sent: the cap has no room until batches end.
+            raise
         except (TransientError, EmbedderFailed) as error:
             await self._requester.require_well(
                 since_s=began_s, complaint=str(error), lane=self._requests.lane, cap=self._requests.cap

@@ -85,7 +85,7 @@ class OpenDatasets:
         """Whether the spend logs of the open datasets show that a key was billed within the last minute."""
 
         def look() -> bool:
-            return any(spent_recently(dataset, key_id=key_id) for dataset in list(self._open.values()))
+            return any(key_id in spent_recently(dataset) for dataset in list(self._open.values()))
 
         return await to_thread.run_sync(look)
 

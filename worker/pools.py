@@ -8,7 +8,7 @@ import time
 from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
-from embedmill.embedder import EmbedderSpec
+from embedmill.embedder import EmbedderSpec, is_local
 from embedmill.errors import EmbedmillError
 from scheduler.queue import JobDepth, Queue
 
@@ -51,9 +51,11 @@ def _describe(job: JobDepth) -> str:
 def start_command(spec: EmbedderSpec) -> str:
     """The command for a worker that embeds so."""
     parts = ["embedmill worker --model", spec.model]
-    if not spec.model.startswith(("local/", "null/")):
+    if not is_local(spec.model):
         parts.append(f"--dimensions {spec.dimensions}")
     task = spec.options.get("task")
     if isinstance(task, str):
         parts.append(f"--task {task}")
+    if spec.late_chunking:
+        parts.append("--late-chunking")
     return " ".join(parts)

@@ -121,7 +121,7 @@ class Requester:
             doubted = False
             if report.alike:
                 whole = f"{len(set(texts))} different texts got one and the same vector"
-                possible = may_share_vector(texts, self.embedder.spec)
+                possible = may_share_vector(texts, (embedder or self.embedder).spec)
                 if possible and not await self._answers_canary_like(embedding, cap, lane):
                     # What is theirs they get again; one slip of the provider does not come twice.
                     doubted = seen is None

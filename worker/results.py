@@ -44,7 +44,7 @@ class ShardResults:
     truncated: set[int] = field(default_factory=set)
     billed_tokens: int = 0
     requests: int = 0
-    windows: list[tuple[int, ...]] = field(default_factory=list)
+    _window_of: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _unkept: list[Increment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,6 +60,20 @@ class ShardResults:
         """Rows with a vector."""
         return int(np.count_nonzero(self.statuses == EMBEDDED))
 
+    @property
+    def windows(self) -> list[tuple[int, ...]]:
+        """Which rows were embedded together."""
+        return self._windows_of(self._window_of)
+
+    def window_of(self, row: int) -> tuple[int, ...]:
+        """The rows that a row was embedded together with, itself included; none where nothing is known of it."""
+        return self._window_of.get(row, ())
+
+    def _windows_of(self, rows: Iterable[int]) -> list[tuple[int, ...]]:
+        """Each window of these rows, once."""
+        found = {id(window): window for row in rows if (window := self.window_of(row))}
+        return list(found.values())
+
     def delete(self, rows: Iterable[int], *, cancelled: bool = False) -> None:
         """Rows that are to have no vector."""
         for row in rows:
@@ -68,9 +82,10 @@ class ShardResults:
     def owe_again(self, rows: Iterable[int]) -> None:
         """Give up vectors that are of no use without their neighbours', and whatever was embedded together with them."""
         again = set(rows)
-        for window in [window for window in self.windows if not again.isdisjoint(window)]:
-            self.windows.remove(window)
+        for window in self._windows_of(again):
             again.update(row for row in window if self.statuses[row] == EMBEDDED)
+            for row in window:
+                self._window_of.pop(row, None)
         for row in again:
             self.statuses[row] = OWED
             self.vectors[row] = np.nan
@@ -91,7 +106,7 @@ class ShardResults:
         self.truncated.update(increment.truncated)
         self.billed_tokens += increment.billed_tokens
         self.requests += increment.requests
-        self.windows.extend(increment.windows)
+        self._window_of.update((row, window) for window in increment.windows for row in window)
         if not kept:
             self._unkept.append(increment)
         return len(new)
@@ -100,9 +115,9 @@ class ShardResults:
         """Rows that were embedded together are taken together. Where attempts differ, the larger window is taken, whoever
         comes first."""
         for rows in increment.windows:
-            within = [window for window in self.windows if set(window) < set(rows)]
+            within = [window for window in self._windows_of(rows) if set(window) < set(rows)]
             self.owe_again(row for window in within for row in window if self.statuses[row] == EMBEDDED)
-        torn = [rows for rows in increment.windows if any(self.statuses[row] == EMBEDDED for row in rows)]
+        torn = {rows for rows in increment.windows if any(self.statuses[row] == EMBEDDED for row in rows)}
         if not torn:
             return increment
         left_out = {row for rows in torn for row in rows}

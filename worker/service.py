@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import Job
+from embedmill.dataset.submissions import Submissions
 from embedmill.embedder import Embedder
 from embedmill.errors import (
     BatchHeld,
@@ -41,8 +42,9 @@ from embedmill.errors import (
     TransientError,
 )
 from embedmill.failpoints import afailpoint
+from embedmill.messages import job_key
 from scheduler.budget import RequestBudget
-from scheduler.caps import UNCAPPED, Caps
+from scheduler.caps import UNCAPPED, Cap, Caps
 from scheduler.queue import Queue
 
 from .batch_lanes import BatchLanes
@@ -52,11 +54,16 @@ from .leases import Held, Leases, end_process
 from .opening import OpenDatasets, Troubles
 from .pools import OtherPools
 from .requesting import Requester, WorkerCounts
+from .spend import LoggedCap
 
 _log = logging.getLogger("embedmill.worker")
 _IDLE_S = 1.0
 _BROKEN_AFTER = 5
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
+# What pauses the job of a shard, and no other one.
+_OF_ONE_JOB = (CapReached, PassageTooLarge, BatchHeld)
+# When a shard in such trouble is looked at again while other batches of its job are under way.
+_OTHERS_AGAIN_S = 300.0
 _OF_ONE_DATASET = (StorageError, CorruptStore, ConfigurationError)
 
 
@@ -80,6 +87,14 @@ def _stands_still(dataset: Dataset, job: str) -> bool:
     """Paused or cancelled: the scheduler queues its shards again when it goes on."""
     known = dataset.job(job)
     return known is not None and known.state != "running"
+
+
+async def _fetches_others(dataset: Dataset, job: str) -> bool:
+    """Whether a job has batches that can be fetched once they are done, as far as anybody knows."""
+    with suppress(StorageError, CorruptStore):
+        places = await to_thread.run_sync(Submissions(dataset).open_of, job)
+        return any(place.accepted and not place.held for place in places)
+    return False
 
 
 def worker_name() -> str:
@@ -114,6 +129,7 @@ class Worker:
         self._wake = anyio.Event()
         self._fatal: EmbedmillError | None = None
         self._failed_unforeseen: set[str] = set()
+        self._waiting_to_stop: set[str] = set()
         self._tools = Tools(
             embedder=embedder,
             requester=Requester(embedder, budget, WorkerCounts()),
@@ -137,6 +153,10 @@ class Worker:
         """Count in `counts.quoted_tokens`, too, what these say for every passage that is embedded from now on."""
         self._tools.requester.quoted_tokens = quoted_tokens
         self.counts.quoted_tokens = 0.0
+
+    def cap_of(self, dataset: Dataset, job: str) -> Cap:
+        """The cap of a job, with the spend log of this worker, for a request that is for no shard."""
+        return LoggedCap(self._caps.of(dataset, job), self._tools.spending.log(dataset, job), shard=None)
 
     def stop(self) -> None:
         """Take no more tasks, finish the requests in flight within the grace time, hand the rest back."""
@@ -242,14 +262,13 @@ class Worker:
             held.settled = True
             return
         deliveries = held.lease.deliveries if self._patient else None
-        attempts = held.lease.attempts
-        batches = await self._batches.lane(dataset, task.shard, attempts=attempts)
+        batches = await self._batches.lane(dataset, task.shard)
         held.work = ShardEmbedding(
             self._tools,
             dataset,
             task.shard,
             deliveries=deliveries,
-            attempts=attempts,
+            attempts=held.lease.attempts,
             lane=task.lane,
             batches=batches,
             cap=self._caps.of(dataset, task.job),
@@ -329,10 +348,22 @@ class Worker:
     async def _stop_job(self, held: Held, error: JobFatalError) -> None:
         """A key that is refused, an empty account, a cap, a passage that no limit allows and a batch that is held stop the
         job for everybody, until somebody starts it again; a key does not, while other workers have others. A patient worker
-        goes on with other jobs where those may succeed."""
+        goes on with other jobs where those may succeed. What stops one job only waits until its batches are fetched, which
+        nobody would do while it is paused."""
         task = held.lease.task
         dataset = self._datasets.known(task)
-        pauses = isinstance(error, (CapReached, PassageTooLarge, BatchHeld))
+        pauses = isinstance(error, _OF_ONE_JOB)
+        if pauses and dataset is not None and held.work is not None and await _fetches_others(dataset, task.job):
+            # A cap is the whole job's, other trouble the shard's.
+            said = job_key(task.dataset_id, task.job) if isinstance(error, CapReached) else task.id
+            if said not in self._waiting_to_stop:
+                self._waiting_to_stop.add(said)
+                self._note_trouble(
+                    f"{error}; job {task.job} of {task.dataset} is paused once its other batches are fetched"
+                )
+            await self._put_off(held, _OTHERS_AGAIN_S)
+            return
+        self._waiting_to_stop.clear()
         if isinstance(error, (InvalidKey, NoBalance)):
             pauses = not await self._others_have_other_keys()
         if pauses and dataset is not None:
@@ -345,7 +376,7 @@ class Worker:
             if not goes_on:
                 with suppress(TransientError):
                     await self._queue.pause(task.dataset_id, task.job)
-        if self._patient and isinstance(error, (CapReached, PassageTooLarge, BatchHeld)):
+        if self._patient and isinstance(error, _OF_ONE_JOB):
             self._note_trouble(f"job {task.job} of {task.dataset} is paused: {error}")
         else:
             self._give_up(error)

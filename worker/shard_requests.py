@@ -1,4 +1,5 @@
-"""The requests for one shard: refused ones halved until the bad passage is alone, bad vectors asked for again.
+"""The requests for one shard: refused ones halved until the bad passage is alone, bad vectors asked for again. What comes
+in batches passes the same gate.
 
 What a job's cap has no room for is halved, too: near its cap a job goes on in small requests.
 """
@@ -6,13 +7,14 @@ What a job's cap has no room for is halved, too: near its cap a job goes on in s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 import numpy as np
 from anyio import to_thread
+from numpy.typing import NDArray
 
-from embedmill.dataset.layout import Failure, TooLong
+from embedmill.dataset.layout import EMBEDDED, Failure, TooLong
 from embedmill.embedder import Embedding, RefusesLong
 from embedmill.errors import CapReached, InputRejected, InputTooLong, PassageTooLarge, RequestTooLarge
 from embedmill.failpoints import afailpoint
@@ -20,9 +22,9 @@ from embedmill.messages import Lane
 from scheduler.caps import UNCAPPED, Cap
 
 from .attempts import naming_the_unforeseen
-from .gate import inspect
+from .gate import inspect, may_share_vector
 from .requesting import Requester
-from .results import Increment, ShardResults
+from .results import Increment, ShardResults, billed_only
 
 GATE_TRIES = 4
 
@@ -49,12 +51,12 @@ class ShardRequests:
         too_long: TooLong = "truncate",
     ) -> None:
         self._requester = requester
-        self._results = results
-        self._ids = ids
-        self._texts = texts
+        self.results = results
+        self.ids = ids
+        self.texts = texts
         self._dtype: np.dtype[np.floating] = np.dtype(dtype)
         self.sending: Callable[[Sequence[int]], AbstractAsyncContextManager[object]] = nullcontext
-        self._job = job
+        self.job = job
         self.lane = lane
         self.cap = cap
         self.on_trial = False
@@ -67,14 +69,39 @@ class ShardRequests:
 
     async def estimate(self, rows: Sequence[int]) -> list[int]:
         """Tokens that each of these rows counts in a request. Raises EmbedderFailed."""
-        texts = [self._texts[row] for row in rows]
+        texts = [self.texts[row] for row in rows]
         with naming_the_unforeseen():
             tokens = await to_thread.run_sync(self._requester.embedder.estimate_tokens, texts)
-        if self._requester.quoted_tokens is not None:
-            quoted = await to_thread.run_sync(self._requester.quoted_tokens, texts)
-            self._quoted.update(zip(rows, quoted.tolist(), strict=True))
+        await self._quote(rows, texts)
         self._tokens.update(zip(rows, tokens, strict=True))
         return tokens
+
+    async def take(self, vectors: Mapping[int, NDArray[np.float32]]) -> dict[int, str]:
+        """Bring vectors by row, for which no request was sent, into the results; those that are of no use, with the
+        cause."""
+        rows = list(vectors)
+        if not rows:
+            return {}
+        texts = [self.texts[row] for row in rows]
+        embedding = Embedding(np.stack(list(vectors.values())), billed_tokens=0)
+        report = inspect(embedding.vectors, texts, dimensions=self.results.dimensions, dtype=self._dtype)
+        if report.alike and not may_share_vector(texts, self._embedder.spec):
+            return dict.fromkeys(rows, "different texts have one and the same vector")
+        good = [position for position in range(len(rows)) if position not in report.bad]
+        # Some may come for the second time.
+        owed = [position for position in good if self.results.statuses[rows[position]] != EMBEDDED]
+        await self._quote([rows[position] for position in owed], [texts[position] for position in owed])
+        self._add([rows[position] for position in good], embedding, good, requests=0)
+        return {rows[position]: cause for position, cause in report.bad.items()}
+
+    async def ask_again(self, row: int) -> NDArray[np.float32]:
+        """The vector that an ordinary request gets for a row, to compare: it is paid for and not stored."""
+        await self.estimate([row])
+        answer = await self._ask([row])
+        self.results.add(billed_only(answer.billed_tokens, requests=1, dimensions=self.results.dimensions))
+        self._requester.counts.control_tokens += answer.billed_tokens
+        vector: NDArray[np.float32] = answer.vectors[0]
+        return vector
 
     async def embed(self, rows: Sequence[int], *, tries: int = GATE_TRIES, since_s: float | None = None) -> None:
         """Embed rows that were estimated, in one request; bisect when their content is refused, until the bad one is alone.
@@ -89,7 +116,7 @@ class ShardRequests:
             for start in range(0, len(rows), most):
                 await self.embed(rows[start : start + most], tries=tries, since_s=since_s)
             return
-        texts = [self._texts[row] for row in rows]
+        texts = [self.texts[row] for row in rows]
         began_s = time.monotonic()
         await afailpoint("worker.before_request")
         try:
@@ -98,7 +125,7 @@ class ShardRequests:
             await self._bisect(rows, error, tries=tries, since_s=since_s or began_s)
             return
         await afailpoint("worker.after_request")
-        report = inspect(embedding.vectors, texts, dimensions=self._results.dimensions, dtype=self._dtype)
+        report = inspect(embedding.vectors, texts, dimensions=self.results.dimensions, dtype=self._dtype)
         cut = () if self._cuts else embedding.truncated
         good = [position for position in range(len(rows)) if position not in report.bad and position not in cut]
         self._add([rows[position] for position in good], embedding, good)
@@ -119,10 +146,10 @@ class ShardRequests:
 
     def fail(self, row: int, *, code: str, cause: str) -> None:
         """Make a row a dead letter."""
-        id_, version = self._ids[row]
-        none = np.empty((0, self._results.dimensions), np.float32)
+        id_, version = self.ids[row]
+        none = np.empty((0, self.results.dimensions), np.float32)
         failure = Failure(row, id_, version, code, cause)
-        self._results.add(Increment(np.empty(0, np.int32), none, failures=(failure,)))
+        self.results.add(Increment(np.empty(0, np.int32), none, failures=(failure,)))
         self._requester.counts.failed += 1
 
     async def _bisect(
@@ -141,7 +168,7 @@ class ShardRequests:
         """A row was refused alone."""
         if isinstance(refusal, RequestTooLarge):
             raise PassageTooLarge(
-                f"passage {self._ids[row][0]} is too large: {refusal}; nothing is lost, go on with other limits"
+                f"passage {self.ids[row][0]} is too large: {refusal}; nothing is lost, go on with other limits"
             ) from refusal
         await self._requester.require_well(since_s=since_s, complaint=str(refusal), lane=self.lane, cap=self.cap)
         cause = str(refusal)
@@ -156,7 +183,7 @@ class ShardRequests:
 
     async def _ask(self, rows: Sequence[int]) -> Embedding:
         return await self._requester.ask(
-            [self._texts[row] for row in rows],
+            [self.texts[row] for row in rows],
             est_tokens=sum(self._tokens[row] for row in rows),
             on_waste=lambda answer: self._add([], answer, []),
             lane=self.lane,
@@ -166,20 +193,33 @@ class ShardRequests:
             embedder=self._embedder,
         )
 
-    def _add(self, rows: list[int], embedding: Embedding, positions: list[int], *, together: bool = False) -> None:
+    async def _quote(self, rows: Sequence[int], texts: Sequence[str]) -> None:
+        if self._requester.quoted_tokens is not None:
+            quoted = await to_thread.run_sync(self._requester.quoted_tokens, texts)
+            self._quoted.update(zip(rows, quoted.tolist(), strict=True))
+
+    def _add(
+        self,
+        rows: list[int],
+        embedding: Embedding,
+        positions: list[int],
+        *,
+        together: bool = False,
+        requests: int = 1,
+    ) -> None:
         row_of = dict(zip(positions, rows, strict=True))
         truncated = tuple(row_of[position] for position in embedding.truncated if position in row_of)
         increment = Increment(
             rows=np.array(rows, dtype=np.int32),
-            vectors=embedding.vectors[positions] if positions else np.empty((0, self._results.dimensions), np.float32),
+            vectors=embedding.vectors[positions] if positions else np.empty((0, self.results.dimensions), np.float32),
             truncated=truncated,
             billed_tokens=embedding.billed_tokens,
-            requests=1,
+            requests=requests,
             windows=(tuple(rows),) if together else (),
         )
         counts = self._requester.counts
-        counts.add(self._job, passages=self._results.add(increment), tokens=embedding.billed_tokens)
-        counts.requests += 1
+        counts.add(self.job, passages=self.results.add(increment), tokens=embedding.billed_tokens)
+        counts.requests += requests
         if counts.quoted_tokens is not None:
             counts.quoted_tokens += sum(self._quoted.pop(row, 0.0) for row in rows)
         counts.truncated += len(truncated)

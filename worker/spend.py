@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import islice
 
 import anyio
 from anyio import to_thread
@@ -45,16 +46,19 @@ class SpendFile:
         """Write what was put, as far as the storage lets: it says soon enough what it lacks, and an answer that was paid
         for is not lost for it. Blocking; one thread at a time."""
         while self._unwritten:
-            line = self._unwritten[0]
+            # Where a write may fail in the middle, one line at a time: none is written twice.
+            count = len(self._unwritten) if self._store.appends_whole else 1
+            lines = b"".join(islice(self._unwritten, count))
             try:
                 # A write that failed may have left half a line, which no reader takes for one.
-                self._store.append(self._key, b"\n" + line if self._is_torn else line)
+                self._store.append(self._key, b"\n" + lines if self._is_torn else lines)
             except StorageError as error:
                 self._is_torn = True
                 _log.warning("what a request cost was not noted yet: %s", error)
                 return
             self._is_torn = False
-            self._unwritten.popleft()
+            for _ in range(count):
+                self._unwritten.popleft()
 
 
 class SpendLog:

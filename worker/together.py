@@ -31,8 +31,8 @@ class TogetherRequests(ShardRequests):
             await self._refused(rows, error, tries=tries, since_s=began_s)
             return
         await afailpoint("worker.after_request")
-        texts = [self._texts[row] for row in rows]
-        report = inspect(embedding.vectors, texts, dimensions=self._results.dimensions, dtype=self._dtype)
+        texts = [self.texts[row] for row in rows]
+        report = inspect(embedding.vectors, texts, dimensions=self.results.dimensions, dtype=self._dtype)
         if report.bad and tries > 1:
             self._add([], embedding, [])
             if not self.on_trial:

@@ -65,7 +65,7 @@ class WindowPlan:
                 continue
             embedded = [row for row in rows if results.statuses[row] == EMBEDDED]
             others_owed = any(results.statuses[row] == OWED and row not in suspects for row in rows)
-            if others_owed or tuple(embedded) not in results.windows:
+            if others_owed or (embedded and tuple(embedded) != results.window_of(embedded[0])):
                 results.owe_again(embedded)
 
     def owed(self, results: ShardResults) -> list[tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,8 +28,10 @@ _NAME = re.compile(r"(\d{1,8})-(\d{1,4})")
 
 
 @click.group()
-def batches() -> None:
+@click.pass_context
+def batches(context: click.Context) -> None:
     """Batches of jobs that can wait: list them, or decide about one that is held."""
+    context.default_map = dict.fromkeys(batches.commands, context.default_map or {})
 
 
 @batches.command("list")
@@ -38,7 +41,7 @@ def batches() -> None:
 @output_options
 def list_(job: str | None, to: str | None, also_ended: bool, as_json: bool) -> int:
     """Show what is with the provider: the submissions of a dataset, or of JOB, and the batches that they became."""
-    dataset = _open(to)
+    dataset = open_named(to)
     shown = [one for one in submissions_of(dataset, job) if also_ended or one.is_open]
     if as_json:
         click.echo(json.dumps({"dataset": dataset.url, "submissions": [_record(dataset, one) for one in shown]}))
@@ -63,11 +66,14 @@ def adopt(submission: str, batch_id: str, to: str | None, as_json: bool) -> int:
 
     Its output is fetched when the job goes on. An output with other passages than those of the submission is never stored.
     """
-    dataset = _open(to)
+    dataset = open_named(to)
     found = _undecided(dataset, submission)
     if batch_id in Submissions(dataset).batch_ids():
-        raise ConfigurationError(f"{batch_id} is known to be another submission's: see `embedmill batches list --all`")
+        raise ConfigurationError(
+            f"{batch_id} is known to be another submission's: see `{_command(dataset, 'list')} --all`"
+        )
     Submissions(dataset).accept(found.intent, batch_id, by="person")
+    Submissions(dataset).unhold(found.intent)
     return _say(dataset, found, f"Submission {found.intent.name} is {batch_id}", "accepted", as_json=as_json)
 
 
@@ -81,7 +87,7 @@ def discard(submission: str, to: str | None, as_json: bool) -> int:
     What it was to embed is sent again when the job goes on. Should the provider have taken it all the same, it is paid
     twice.
     """
-    dataset = _open(to)
+    dataset = open_named(to)
     found = _undecided(dataset, submission, also_accepted=True)
     # It may have been billed, and counts against a cap.
     job, batch_id = dataset.admission(found.intent.shard).job, found.accepted.batch_id if found.accepted else ""
@@ -109,7 +115,6 @@ def submissions_of(dataset: Dataset, job: str | None) -> list[Submission]:
 
 async def cancel_batches(dataset: Dataset, job: str, api_base: str | None) -> list[str]:
     """Cancel what a cancelled job has with the provider, as far as this can be done from here; what cannot, in words."""
-    submissions = Submissions(dataset)
     found = await to_thread.run_sync(submissions_of, dataset, job)
     opened = [one for one in found if one.is_open and one.accepted is not None]
     left = [f"submission {one.intent.name} was never answered" for one in found if one.is_open and one.accepted is None]
@@ -122,7 +127,7 @@ async def cancel_batches(dataset: Dataset, job: str, api_base: str | None) -> li
         return [*left, f"{len(opened)} batches go on at the provider: {error}"]
     try:
         for one in opened:
-            left += await _cancel_one(endpoints, submissions, one, job=job)
+            left += await _cancel_one(endpoints, dataset, one, job=job)
     finally:
         for endpoint in endpoints:
             await endpoint.aclose()
@@ -130,13 +135,14 @@ async def cancel_batches(dataset: Dataset, job: str, api_base: str | None) -> li
 
 
 async def _cancel_one(
-    endpoints: Sequence[JinaBatches], submissions: Submissions, submission: Submission, *, job: str
+    endpoints: Sequence[JinaBatches], dataset: Dataset, submission: Submission, *, job: str
 ) -> list[str]:
-    intent, accepted = submission.intent, submission.accepted
+    submissions, intent, accepted = Submissions(dataset), submission.intent, submission.accepted
     assert accepted is not None
     if intent.api_base != endpoints[0].api_base:
         return [f"{accepted.batch_id} is at {intent.api_base}: say --api-base, and cancel again"]
-    status = await _cancelled(endpoints, intent, accepted.batch_id)
+    discard = f"`{_command(dataset, 'discard', intent.name)}` counts it as billed"
+    status = await _cancelled(endpoints, intent, accepted.batch_id, otherwise=discard)
     if isinstance(status, str):
         return [status]
     if status.is_open:
@@ -152,8 +158,10 @@ async def _cancel_one(
     return []
 
 
-async def _cancelled(endpoints: Sequence[JinaBatches], intent: Intent, batch_id: str) -> BatchStatus | str:
-    """Its state after that, or in words why it goes on."""
+async def _cancelled(
+    endpoints: Sequence[JinaBatches], intent: Intent, batch_id: str, *, otherwise: str
+) -> BatchStatus | str:
+    """Its state after that, or in words why it goes on; otherwise: what helps where nobody knows it."""
     trouble = ""
     # The key that it was sent with; else another one of the same owner's may do.
     for endpoint in sorted(endpoints, key=lambda one: one.key_id != intent.key):
@@ -166,16 +174,21 @@ async def _cancelled(endpoints: Sequence[JinaBatches], intent: Intent, batch_id:
             return status
     if trouble:
         return trouble
-    discard = f"`embedmill batches discard {intent.name}`"
     if intent.key in {one.key_id for one in endpoints}:
-        return f"the provider does not know {batch_id} any more: {discard} counts it as billed"
+        return f"the provider does not know {batch_id} any more: {otherwise}"
     return (
         f"{batch_id} may go on at the provider: it was sent with another API key ({intent.key}), and those at hand do not"
-        f" know it. Set JINA_API_KEY to the one that sent it and cancel again; or {discard} counts it as billed"
+        f" know it. Set JINA_API_KEY to the one that sent it and cancel again; or {otherwise}"
     )
 
 
-def _open(to: str | None) -> Dataset:
+def _command(dataset: Dataset, *arguments: str) -> str:
+    """An `embedmill batches` command as it is to be typed."""
+    return shlex.join(["embedmill", "batches", *arguments, "--to", dataset.url])
+
+
+def open_named(to: str | None) -> Dataset:
+    """The dataset of `--to`. Raises ConfigurationError where none was named."""
     if to is None:
         raise ConfigurationError("name the dataset with --to DATASET")
     return Dataset.open(to)
@@ -186,7 +199,7 @@ def _undecided(dataset: Dataset, name: str, *, also_accepted: bool = False) -> S
     of_shard = Submissions(dataset).of_shard(int(match[1])) if match else []
     found = next((one for one in of_shard if match and one.intent.number == int(match[2])), None)
     if found is None:
-        raise ConfigurationError(f"{dataset.url} has no submission {name}: see `embedmill batches list`")
+        raise ConfigurationError(f"{dataset.url} has no submission {name}: see `{_command(dataset, 'list')}`")
     if not found.is_open or (found.accepted is not None and not also_accepted):
         raise ConfigurationError(f"submission {name} is {found.state}: there is nothing to decide")
     return found
@@ -194,7 +207,7 @@ def _undecided(dataset: Dataset, name: str, *, also_accepted: bool = False) -> S
 
 def _record(dataset: Dataset, submission: Submission) -> dict[str, Any]:
     intent, accepted, held, ended = submission.intent, submission.accepted, submission.held, submission.ended
-    reason = ended.reason if ended else held.reason if held and not accepted else ""
+    reason = ended.reason if ended else held.reason if held else ""
     return {
         "name": intent.name,
         "job": dataset.admission(intent.shard).job,
@@ -214,5 +227,6 @@ def _say(dataset: Dataset, submission: Submission, words: str, state: str, *, as
     if as_json:
         click.echo(json.dumps({"submission": submission.intent.name, "state": state, "job": job}))
     else:
-        click.echo(f"{words}; run the same command again, or `embedmill resume {job} --to {dataset.url}`, to go on.")
+        resume = shlex.join(["embedmill", "resume", job, "--to", dataset.url])
+        click.echo(f"{words}; run the same command again, or `{resume}`, to go on.")
     return 0

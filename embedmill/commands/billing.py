@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from worker.requesting import WorkerCounts
 
 from ..dataset.dataset import Dataset
-from ..prices import price_of
+from ..embedder import is_local
+from ..prices import usd_of, usd_words
 from ..token_estimates import TokenEstimator, read_estimates
-from .embedders import is_local
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,11 @@ class Bill:
     def as_dict(self) -> dict[str, Any]:
         return {
             "tokens": self.tokens,
-            "usd": _usd(self.model, self.tokens),
+            "usd": usd_of(self.model, self.tokens),
             "unknown_tokens": self.unknown_tokens,
             "quoted_tokens": self.quoted_tokens,
-            "quoted_usd": None if self.quoted_tokens is None else _usd(self.model, self.quoted_tokens),
+            "quoted_usd": None if self.quoted_tokens is None else usd_of(self.model, self.quoted_tokens),
         }
-
-
-def usd_words(model: str, tokens: float) -> str:
-    """`, 0.0512 USD`, where the price is known and not zero; else nothing."""
-    usd = _usd(model, tokens)
-    return f", {usd:,.4f} USD" if usd else ""
 
 
 def price_lines(model: str, tokens: float) -> list[str]:
@@ -78,8 +72,3 @@ def quoted_tokens(dataset: Dataset) -> Callable[[Sequence[str]], NDArray[np.floa
         return np.minimum(tokens, limit) if limit else tokens
 
     return count
-
-
-def _usd(model: str, tokens: float) -> float | None:
-    price = price_of(model, usd=None)
-    return None if price is None else round(price.of(tokens), 6)

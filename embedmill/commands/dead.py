@@ -27,8 +27,8 @@ from ..dataset.dead_letters import FailedRow, Place, drop_letters, failed_rows
 from ..dataset.layout import Failure, Marker
 from ..errors import ConfigurationError, CorruptStore
 from ..messages import dead_letter_key
-from .jobs import open_queue, require_job
-from .options import check_job_name, output_options, shared
+from .jobs import open_queue, open_with_job, require_job
+from .options import output_options, shared
 from .run import require_not_stopped
 
 _WIDEST_TABLE = 200
@@ -58,7 +58,7 @@ def dead(context: click.Context) -> None:
 @output_options
 def list_(job: str, to: str | None, code: str | None, limit: int, show_all: bool, as_json: bool) -> int:
     """The dead letters of JOB: id, version, code and cause."""
-    letters = _letters(_open(to, job), job, code=code)
+    letters = _letters(open_with_job(to, job), job, code=code)
     shown = letters if show_all else [letter for letter in letters if letter.state == "open"]
     if as_json:
         records = [_as_record(letter) for letter in shown[:limit]]
@@ -80,7 +80,7 @@ def list_(job: str, to: str | None, code: str | None, limit: int, show_all: bool
 @output_options
 def show(job: str, id_: str, to: str | None, as_json: bool) -> int:
     """The whole document of a dead letter, with its cause and every attempt at it."""
-    dataset = _open(to, job)
+    dataset = open_with_job(to, job)
     letters = _choose(_letters(dataset, job), (id_,), job=job)
     records = [_whole(dataset, letter) for letter in letters]
     if as_json:
@@ -102,7 +102,7 @@ def retry(
 
     What is being tried again already, or has a newer version, is passed over.
     """
-    dataset = _open(to, job)
+    dataset = open_with_job(to, job)
     require_not_stopped(dataset, require_job(dataset, job))
     letters = _select(dataset, job, ids, code=code, take_all=take_all)
     return anyio.run(_retry, dataset, job, letters, redis, namespace, as_json)
@@ -115,20 +115,11 @@ def drop(
     code: str | None, take_all: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Say that dead letters were seen: they stay failed in the dataset, and no longer count as open."""
-    dataset = _open(to, job)
+    dataset = open_with_job(to, job)
     letters = _select(dataset, job, ids, code=code, take_all=take_all)
     dropped = anyio.run(_drop, dataset, job, letters, redis, namespace)
     click.echo(json.dumps({"job": job, "dropped": dropped}) if as_json else f"{dropped:,} dead letters dropped")
     return 0
-
-
-def _open(to: str | None, job: str) -> Dataset:
-    if to is None:
-        raise ConfigurationError("name the dataset with --to DATASET")
-    check_job_name(job)
-    dataset = Dataset.open(to)
-    require_job(dataset, job)
-    return dataset
 
 
 def _letters(dataset: Dataset, job: str, *, code: str | None = None) -> list[FailedRow]:

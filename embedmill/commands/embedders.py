@@ -13,13 +13,14 @@ from scheduler.keyring import Key, KeyRing
 from worker.embedders.jina import API_BASE, JinaEmbedder
 from worker.keys import FoundKeys, keys_from_environment
 
-from ..embedder import BatchLimits, Embedder
+from ..embedder import BatchLimits, Embedder, EmbedderSpec, is_local
 from ..errors import ConfigurationError
 from ..exact_tokens import ExactTokens
 from ..models import Tier, find_tier
 
 REHEARSAL = "rehearsal"
 LARGEST_TIER = "premium"
+_UNUSED_KEY = "unused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,6 @@ class ModelChoice:
         return FoundKeys((REHEARSAL,)) if self.rehearsed else keys_from_environment()
 
 
-def is_local(model: str) -> bool:
-    """Whether nothing is sent for it, and nothing paid."""
-    return model.startswith(("local/", "null/"))
-
-
 @asynccontextmanager
 async def open_embedder(
     model: str,
@@ -77,15 +73,23 @@ async def open_embedder(
         await embedder.aclose()
 
 
-def make_embedder(choice: ModelChoice) -> Embedder:
-    """Loads a local model, which takes a while; for a provider, checks key and options without sending anything."""
+def make_spec(choice: ModelChoice) -> EmbedderSpec:
+    """The spec of that embedder, which a dataset keeps; needs no key."""
+    return make_embedder(choice, key=_UNUSED_KEY).spec
+
+
+def make_embedder(choice: ModelChoice, *, key: str | None = None) -> Embedder:
+    """Loads a local model, which takes a while; for a provider, checks key and options without sending anything.
+
+    key: in place of the environment's first one.
+    """
     provider, _, name = choice.model.partition("/")
-    if provider in ("local", "null"):
+    if is_local(choice.model):
         named = ("task", "api_base", "late_chunking", "tokenizer")
         for option in (f"--{name.replace('_', '-')}" for name in named if getattr(choice, name)):
             raise ConfigurationError(f"{option} does not apply to {choice.model}: leave it out")
     if provider == "jina" and name:
-        return _make_jina(choice)
+        return _make_jina(choice, key or choice.keys.keys[0])
     if provider == "null":
         return _make_null(choice, name)
     if provider == "local" and name:
@@ -99,7 +103,7 @@ def make_embedder(choice: ModelChoice) -> Embedder:
 def make_budget(choice: ModelChoice, connection: Connection, *, namespace: str) -> RequestBudget:
     """The fleet's budgets for the keys in use, each of which has the limits for itself; local models have none."""
     provider = choice.model.partition("/")[0]
-    if provider in ("local", "null"):
+    if is_local(choice.model):
         return Unlimited()
     limits = choice.limits
 
@@ -124,7 +128,7 @@ def request_limits(model: str, tier: Tier, *, late_chunking: bool = False) -> Ba
     """What one request of a provider's model may hold at a tier. Needs no key, and sends nothing."""
     return JinaEmbedder(
         model,
-        key="unused",
+        key=_UNUSED_KEY,
         late_chunking=late_chunking,
         requests_per_minute=tier.requests,
         tokens_per_minute=tier.tokens,
@@ -132,11 +136,11 @@ def request_limits(model: str, tier: Tier, *, late_chunking: bool = False) -> Ba
     ).limits
 
 
-def _make_jina(choice: ModelChoice) -> Embedder:
+def _make_jina(choice: ModelChoice, key: str) -> Embedder:
     limits = choice.limits
     return JinaEmbedder(
         choice.model,
-        key=choice.keys.keys[0],
+        key=key,
         api_base=choice.api_base or API_BASE,
         dimensions=choice.dimensions,
         task=choice.task,

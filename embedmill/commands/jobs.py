@@ -24,12 +24,13 @@ from worker.service import worker_name
 
 from ..dataset.dataset import Dataset
 from ..dataset.layout import CANCELLED, EMBEDDED, Job, TooLong
-from ..errors import ConfigurationError
+from ..dataset.submissions import Submissions
+from ..errors import CapReached, ConfigurationError
 from ..messages import Lane
-from .batches import cancel_batches, check_batch, with_mode
+from .batches import cancel_batches, check_batch, open_named, with_mode
 from .capping import at_cap, with_cap
-from .embedders import ModelChoice, make_embedder
-from .long_passages import remember_too_long, settle_too_long
+from .embedders import ModelChoice, make_spec
+from .long_passages import settle_too_long
 from .options import check_job_name, output_options, shared
 from .services import open_service
 
@@ -55,10 +56,11 @@ def create(
 ) -> int:
     """Make DATASET and a job in it, without documents: for services that should find it before the first push.
 
-    What is there already stays as it is, but for the cap and `--batch`; a different model, lane or dtype is refused.
+    What is there already stays as it is, but for the cap, `--too-long` and `--batch`; a different model, lane or dtype is
+    refused.
     """
     check_job_name(job)
-    embedder = make_embedder(ModelChoice(**options)).spec
+    embedder = make_spec(ModelChoice(**options))
     check_batch(embedder, batch)
     if too_long == "split":
         raise ConfigurationError(
@@ -73,8 +75,9 @@ def create(
         raise ConfigurationError(
             f"job {job} of {dataset} is in the lane {record.lane}: leave --lane out, or name a new job"
         )
-    remember_too_long(made, job, too_long)
-    record = made.change_job(job, lambda known: with_mode(with_cap(known, max_tokens), batch))
+    record = made.change_job(
+        job, lambda known: replace(with_mode(with_cap(known, max_tokens), batch), too_long=too_long)
+    )
     if as_json:
         shown = {"dataset": made.url, "id": made.info.id, "fingerprint": made.info.embedder.fingerprint}
         capped = {"max_tokens": record.max_tokens or None}
@@ -91,7 +94,7 @@ def create(
 @output_options
 def pause(job: str, to: str | None, redis: str | None, namespace: str, as_json: bool) -> int:
     """Let JOB stand still: nothing of it is taken, and what is in flight is kept and handed back."""
-    return anyio.run(_pause, _open(to, job), job, redis, namespace, as_json)
+    return anyio.run(_pause, open_with_job(to, job), job, redis, namespace, as_json)
 
 
 @click.command()
@@ -103,7 +106,7 @@ def resume(job: str, to: str | None, redis: str | None, namespace: str, max_toke
 
     A job that has reached its cap needs a larger one.
     """
-    return anyio.run(_resume, _open(to, job), job, redis, namespace, max_tokens, as_json)
+    return anyio.run(_resume, open_with_job(to, job), job, redis, namespace, max_tokens, as_json)
 
 
 @click.command()
@@ -120,7 +123,7 @@ def cancel(
 
     Pushing the same documents again, once the job is resumed or under another one, embeds them anew.
     """
-    dataset = _open(to, job)
+    dataset = open_with_job(to, job)
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigurationError(f"cancelling job {job} cannot be undone: add --yes to do it without being asked")
@@ -128,11 +131,10 @@ def cancel(
     return anyio.run(_cancel, dataset, job, redis, namespace, api_base, as_json)
 
 
-def _open(to: str | None, job: str) -> Dataset:
-    if to is None:
-        raise ConfigurationError("name the dataset with --to DATASET")
+def open_with_job(to: str | None, job: str) -> Dataset:
+    """The dataset that was named. Raises ConfigurationError where none was, and for one without this job."""
     check_job_name(job)
-    dataset = Dataset.open(to)
+    dataset = open_named(to)
     require_job(dataset, job)
     return dataset
 
@@ -157,20 +159,30 @@ async def _pause(dataset: Dataset, job: str, redis: str | None, namespace: str, 
         if queue is not None:
             await queue.pause(dataset.info.id, job)
     again = f"`embedmill resume {job} --to {shlex.quote(dataset.url)}` lets it go on."
-    _say(f"Job {job} is paused; {again}", queue, {"job": job, "state": "paused"}, as_json=as_json)
+    opened = len(await to_thread.run_sync(Submissions(dataset).open_of, job))
+    if opened:
+        again += (
+            f" Its batches at the provider ({opened}) go on, and have to be fetched within the provider's 24 hours."
+        )
+    record = {"job": job, "state": "paused", "open_batches": opened}
+    _say(f"Job {job} is paused; {again}", queue, record, as_json=as_json)
     return 0
 
 
 async def _resume(
     dataset: Dataset, job: str, redis: str | None, namespace: str, max_tokens: int | None, as_json: bool
 ) -> int:
+    reached: CapReached | None = None
+
     def go_on(known: Job) -> Job:
+        nonlocal reached
         known = with_cap(known, max_tokens)
-        return known if at_cap(dataset, known) else replace(known, state="running", reason="", stopped_by="")
+        reached = at_cap(dataset, known)
+        return known if reached is not None else replace(known, state="running", reason="", stopped_by="")
 
     queued = 0
     async with open_queue(redis, namespace) as queue:
-        reached = at_cap(dataset, await to_thread.run_sync(dataset.change_job, job, go_on))
+        await to_thread.run_sync(dataset.change_job, job, go_on)
         if reached is not None:
             raise reached
         if queue is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..dataset.dataset import Dataset
-from ..dataset.layout import DATASET_KEY, Job, TooLong
+from ..dataset.layout import DATASET_KEY, TooLong
 from ..dataset.store import open_store
 from ..errors import ConfigurationError
 from ..models import find_model
@@ -21,7 +21,8 @@ _SAFE_SHARE = 0.9
 def settle_too_long(asked: TooLong | None, *, to: str | None, job: str, late_chunking: bool) -> TooLong:
     """What was asked, or what the job of an existing dataset has.
 
-    Raises ConfigurationError for cutting what is chunked late.
+    Raises ConfigurationError where it is asked to cut what is chunked late. A job that an inbox began has it in its record
+    that texts are cut, also where they are chunked late: that is no such wish, and they fail.
     """
     if asked == "truncate" and late_chunking:
         raise ConfigurationError(
@@ -30,7 +31,9 @@ def settle_too_long(asked: TooLong | None, *, to: str | None, job: str, late_chu
     if asked is None and to is not None and open_store(to).exists(DATASET_KEY):
         known = Dataset.open(to).job(job)
         asked = known.too_long if known is not None else None
-    return asked or ("fail" if late_chunking else "truncate")
+    if late_chunking:
+        return "split" if asked == "split" else "fail"
+    return asked or "truncate"
 
 
 def make_splitting(
@@ -46,14 +49,3 @@ def make_splitting(
     limit = known.late_chunking_tokens if late_chunking else known.max_input_tokens
     most = int(_SAFE_SHARE * limit)
     return Chunking(None, most_tokens=most) if chunking is None else replace(chunking, most_tokens=most)
-
-
-def remember_too_long(dataset: Dataset, job: str, too_long: TooLong) -> None:
-    """Note it with the job, for whoever embeds its passages from now on."""
-    known = dataset.job(job)
-    if known is None or known.too_long != too_long:
-
-        def change(record: Job) -> Job:
-            return replace(record, too_long=too_long)
-
-        dataset.change_job(job, change)

@@ -20,13 +20,13 @@ from ..sources import Chunking
 DEFAULT_MODEL = "local/minilm"
 CONFIG_NAME = "embedmill.toml"
 _PREFIX = "EMBEDMILL_"
-_OTHER_VARIABLES = {"EMBEDMILL_CONFIG", "EMBEDMILL_MINILM_PATH", failpoints.VARIABLE}
+_OTHER_VARIABLES = {"EMBEDMILL_CACHE", "EMBEDMILL_CONFIG", "EMBEDMILL_MINILM_PATH", failpoints.VARIABLE}
 # What Kubernetes sets in every pod for a Service named embedmill-something.
 _KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP).*)?$")
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 _SHARED: dict[str, dict[str, Any]] = {
-    "to": {"metavar": "DATASET", "help": "The dataset: a folder, made when it is not there."},
+    "to": {"metavar": "DATASET", "help": "The dataset: a folder or s3://BUCKET/NAME, made when it is not there."},
     "model": {"metavar": "PROVIDER/NAME", "default": DEFAULT_MODEL, "show_default": True, "help": "What embeds."},
     "dimensions": {"type": click.IntRange(min=1), "help": "Matryoshka size, where the model has one."},
     "task": {"help": "The provider's task for documents, e.g. retrieval.passage."},
@@ -36,7 +36,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "too_long": {
         "type": click.Choice(["truncate", "split", "fail"]),
-        "help": "What becomes of passages over the model's limit; kept with the job.  [default: truncate]",
+        "help": "What becomes of passages over the model's limit; kept with the job.  [default: as the job has it,"
+        " else truncate, or fail with --late-chunking]",
     },
     "tokenizer": {"metavar": "FILE", "help": "The model's tokenizer.json, for exact counts of tokens."},
     "api_base": {"metavar": "URL", "help": "The provider's address up to the version, e.g. https://api.jina.ai/v1."},

@@ -17,7 +17,6 @@ from anyio import to_thread
 
 from embedmill.connection import Connection
 from scheduler.admission import Admitter
-from scheduler.budget import RequestBudget
 from scheduler.embedded import embedded_server
 from scheduler.intake import Intake
 from scheduler.queue import Queue
@@ -27,7 +26,6 @@ from worker.service import Worker
 
 from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
-from ..embedder import Embedder
 from ..errors import CapReached, TransientError
 from ..sources.opening import Source
 from .progress import Snapshot, show
@@ -73,8 +71,7 @@ class Pipeline:
         index: DatasetIndex,
         queue: Queue,
         *,
-        embedder: Embedder,
-        budget: RequestBudget,
+        worker: Worker,
         intake: Intake,
         admitter: Admitter,
         loader: Loader | None,
@@ -87,7 +84,7 @@ class Pipeline:
         self._admitter = admitter
         self._loader = loader
         self._standard_input = standard_input
-        self.worker = Worker(queue, embedder, budget=budget)
+        self.worker = worker
         self._stopping = anyio.Event()
         self._committed = anyio.Event()
         self._embedding_done = False
@@ -114,9 +111,9 @@ class Pipeline:
                         parts.start_soon(self._guard, self._load, self._loader)
             finally:
                 background.cancel_scope.cancel()
-        capped = _cap_in(self._trouble)
-        if self._trouble is not None and capped is None:
-            raise self._trouble
+        capped, trouble = cap_and_rest(self._trouble)
+        if trouble is not None:
+            raise trouble
         await to_thread.run_sync(self._dataset.publish_shape)
         seconds = time.monotonic() - started
         return Outcome(self._stopping.is_set(), self.snapshot().done, seconds, self._admitter.counts, capped)
@@ -215,8 +212,12 @@ class Pipeline:
                 self.stop()
 
 
-def _cap_in(error: BaseException | None) -> CapReached | None:
-    """A reached cap, also among what concurrent parts raise together."""
-    if isinstance(error, BaseExceptionGroup):
-        return next(filter(None, map(_cap_in, error.exceptions)), None)
-    return error if isinstance(error, CapReached) else None
+def cap_and_rest(error: Exception | None) -> tuple[CapReached | None, Exception | None]:
+    """A reached cap, and what else went wrong, among what concurrent parts raise together."""
+    if not isinstance(error, ExceptionGroup):
+        return (error, None) if isinstance(error, CapReached) else (None, error)
+    reached, rest = error.split(CapReached)
+    first: CapReached | ExceptionGroup[CapReached] | None = reached
+    while isinstance(first, ExceptionGroup):
+        first = first.exceptions[0]
+    return first, rest

@@ -6,18 +6,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
+import anyio
+import click
 import numpy as np
 
 from scheduler.budget import RequestBudget
 from scheduler.caps import Cap
-from worker.attempts import RetryPolicy, embed_batch
+from worker.attempts import Attempt, RetryPolicy, embed_batch
 from worker.gate import inspect
 
 from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
-from ..dataset.store import LocalStore
-from ..embedder import Embedder
-from ..errors import BatchPending, JobFatalError, OutcomeUnknown, StorageError
+from ..dataset.local_store import LocalStore
+from ..embedder import Embedder, Embedding
+from ..errors import BatchPending, EmbedmillError, JobFatalError, OutcomeUnknown, StorageError
 from ..sources import Chunking, FieldRules, Source, open_source
 from ..sources.opening import PYDOC
 from ..survey import Survey, survey
@@ -25,6 +27,8 @@ from .progress import size_words
 
 PROBE = "embedmill"
 _POLICY = RetryPolicy(base_s=0.3, cap_s=2.0)
+# Refusals for rate are no failures, and an open breaker lets nothing through: either may last.
+_SAID_AFTER_S, _LONGEST_S = 5.0, 30.0
 _SAMPLE = 512
 # A passage of a dozen bytes has a vector of some thousands.
 _MOST_GROWTH = 1000
@@ -37,22 +41,53 @@ async def probe_provider(embedder: Embedder, budget: RequestBudget, *, cap: Cap)
     """One small request, so that a bad key, an empty account, a wrong address or wrong dimensions are found before anything
     is admitted; the tokens that it was billed.
 
-    Nothing is asked while open batches hold what is left of the cap: the provider took these. Raises JobFatalError for
-    answers that cannot be used, and what any request raises.
+    Nothing is asked while open batches hold what is left of the cap: the provider took these. Waiting for long is said,
+    and ends without an answer. Raises JobFatalError for answers that cannot be
+    used, and what any request raises.
     """
-    try:
-        answer = await embed_batch(embedder, [PROBE], budget=budget, role="query", cap=cap, policy=_POLICY)
-    except BatchPending:
-        return 0
-    except OutcomeUnknown as error:
+    answer: Embedding | None = None
+    trouble: EmbedmillError | None = None
+    attempts: list[Attempt] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(_say_that_it_waits, budget, attempts)
+        with anyio.move_on_after(_LONGEST_S) as waiting:
+            try:
+                answer = await embed_batch(
+                    embedder, [PROBE], budget=budget, role="query", cap=cap, on_event=attempts.append, policy=_POLICY
+                )
+            except EmbedmillError as error:
+                trouble = error
+        group.cancel_scope.cancel()
+    if waiting.cancelled_caught:
+        _say(f"no answer to a first request in {_LONGEST_S:.0f} s, going on all the same ({_cause(budget, attempts)})")
+    if isinstance(trouble, OutcomeUnknown):
         raise JobFatalError(
-            f"the provider was asked for one vector first, in vain: {error}; nothing was admitted"
-        ) from error
+            f"the provider was asked for one vector first, in vain: {trouble}; nothing was admitted"
+        ) from trouble
+    if trouble is not None and not isinstance(trouble, BatchPending):
+        raise trouble
+    if answer is None:
+        return 0
     report = inspect(answer.vectors, [PROBE], dimensions=embedder.spec.dimensions)
     if not report.passed:
         cause = report.whole or next(iter(report.bad.values()))
         raise JobFatalError(f"the provider was asked for one vector first, in vain: {cause}; nothing was admitted")
     return answer.billed_tokens
+
+
+async def _say_that_it_waits(budget: RequestBudget, attempts: Sequence[Attempt]) -> None:
+    await anyio.sleep(_SAID_AFTER_S)
+    _say(f"waiting for the provider to answer a first request ({_cause(budget, attempts)})")
+
+
+def _cause(budget: RequestBudget, attempts: Sequence[Attempt]) -> str:
+    """Why there is no answer, as far as anybody knows."""
+    ended = [attempt.outcome for attempt in attempts if attempt.outcome != "cancelled"]
+    return budget.trouble or (f"{len(ended)} sent, the last one: {ended[-1]}" if ended else "it was not sent, or hangs")
+
+
+def _say(text: str) -> None:
+    click.echo(f"embedmill: {text}", err=True)
 
 
 def check_disk(

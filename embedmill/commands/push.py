@@ -25,14 +25,14 @@ from ..dataset.dataset import Dataset
 from ..dataset.layout import DATASET_KEY
 from ..dataset.store import open_store
 from ..dataset.work_lock import dataset_folder
-from ..embedder import EmbedderSpec
+from ..embedder import EmbedderSpec, is_local
 from ..errors import ConfigurationError
 from ..messages import Lane
 from ..sources import FieldRules, open_source
 from .batches import check_batch
-from .embedders import LARGEST_TIER, REHEARSAL, ModelChoice, is_local, make_budget, make_embedder
+from .embedders import LARGEST_TIER, REHEARSAL, ModelChoice, make_budget, make_embedder, make_spec
 from .inbox_push import push_to_inbox
-from .long_passages import make_splitting, remember_too_long, settle_too_long
+from .long_passages import make_splitting, settle_too_long
 from .options import check_job_name, output_options, shared, split_names
 from .probing import check_disk, probe_provider
 from .report import say_remarks
@@ -50,7 +50,7 @@ from .standard_input import make_standard_input_stoppable
     "--inbox", metavar="NAME", help="Push through Redis, for a scheduler to admit: needs no dataset and no model."
 )
 @click.option("--lane", type=click.Choice(["live", "bulk"]), help="Lane of a new job; else bulk.")
-@click.option("--limit", type=click.IntRange(min=1), help="Admit so many new documents only: a first bite.")
+@click.option("--limit", type=click.IntRange(min=1), help="Admit so many new or changed documents only: a first bite.")
 @output_options
 def push(sources: tuple[str, ...], to: str | None, redis: str | None, as_json: bool, **options: Any) -> int:
     """Admit SOURCE... into a dataset and queue what has to be embedded, for workers on the same Redis.
@@ -93,14 +93,16 @@ async def _push(sources: tuple[str, ...], to: str, redis: str, options: dict[str
         queue = Queue(connection, namespace=options["namespace"])
         index = await to_thread.run_sync(dataset.open_index)
         _begin_job(dataset, options["job"], options["lane"])
-        job = remember_job(dataset, options["job"], sources, max_tokens=options["max_tokens"], batch=options["batch"])
+        job = remember_job(
+            dataset, options["job"], sources,
+            batch=options["batch"], max_tokens=options["max_tokens"], too_long=too_long,
+        )  # fmt: skip
         await _probe(dataset, connection, options)
         warning = await to_thread.run_sync(
             partial(check_disk, dataset, sources, rules=rules, chunking=chunking, index=index, limit=options["limit"])
         )
         if warning:
             click.echo(f"embedmill: {warning}", err=True)
-        remember_too_long(dataset, job.id, too_long)
         admitter = Admitter(dataset, index, job=job.id, lane=job.lane)
         rejects = dataset_folder(dataset) / "rejects"
         intake = Intake(admitter, queue, rejects=rejects, limit=options["limit"], strict=options["strict"])
@@ -141,7 +143,7 @@ def _spec(to: str, options: dict[str, Any]) -> EmbedderSpec:
     if not options["model_named"] and open_store(to).exists(DATASET_KEY):
         return Dataset.open(to).info.embedder
     names = ("model", "dimensions", "task", "late_chunking")
-    return make_embedder(ModelChoice(**{name: options[name] for name in names})).spec
+    return make_spec(ModelChoice(**{name: options[name] for name in names}))
 
 
 async def _probe(dataset: Dataset, connection: Connection, options: dict[str, Any]) -> None:

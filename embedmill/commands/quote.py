@@ -22,7 +22,7 @@ from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
 from ..dataset.layout import DATASET_KEY
 from ..dataset.store import open_store
-from ..embedder import Embedder
+from ..embedder import Embedder, is_local
 from ..errors import ConfigurationError
 from ..exact_tokens import ExactTokens
 from ..models import TIERS, Tier, find_model, find_tier
@@ -154,7 +154,7 @@ def _quote(
     say: Callable[[Counts], None],
 ) -> Quote:
     model = options["model"]
-    hosted = not model.startswith(("local/", "null/"))
+    hosted = not is_local(model)
     embedder: Embedder | None = None
     estimator = (read_estimates(dataset.store) if dataset is not None else None) or TokenEstimator()
     if hosted:

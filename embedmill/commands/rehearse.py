@@ -120,7 +120,7 @@ def rehearse(
             limit_headers=not no_limit_headers,
             **behaviour,  # type: ignore[arg-type]
         )
-        stats = anyio.run(_serve, rehearsal, host, port)
+        stats = anyio.run(_serve, rehearsal, host, port, plan.name)
     except ConfigurationError as error:
         click.echo(f"error: {error}", err=True)
         raise click.exceptions.Exit(error.exit_status) from error
@@ -136,12 +136,13 @@ def _check_host(host: str) -> None:
         raise ConfigurationError(f"--host {host!r} is not an address; 127.0.0.1 is the usual one") from error
 
 
-async def _serve(rehearsal: Rehearsal, host: str, port: int) -> dict[str, object]:
+async def _serve(rehearsal: Rehearsal, host: str, port: int, tier: str) -> dict[str, object]:
     async with serve_rehearsal(rehearsal, host=host, port=port) as (api_base, simulator):
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             click.echo("Rehearsing. In another terminal:")
             click.echo("  export JINA_API_KEY=rehearsal")
-            click.echo(f"  embedmill run SOURCE --model jina/jina-embeddings-v3 --api-base {api_base}")
+            command = "embedmill run SOURCE --to ./rehearsal --model jina/jina-embeddings-v3"
+            click.echo(f"  {command} --tier {tier} --api-base {api_base}")
             click.echo("Ctrl-C ends it and shows the counters.")
             await anext(signals)
     return simulator.stats()

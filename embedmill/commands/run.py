@@ -16,14 +16,12 @@ import click
 from anyio import to_thread
 
 from embedmill.connection import Connection
+from loader.description import default_collection
 from scheduler.admission import Admitter
-from scheduler.budget import RequestBudget
-from scheduler.caps import Caps
 from scheduler.housekeeping import Housekeeping
 from scheduler.intake import Intake
 from scheduler.queue import Queue
-from worker.service import worker_name
-from worker.spend import LoggedCap, SpendLog
+from worker.service import Worker
 
 from ..dataset.dataset import Dataset
 from ..dataset.index import DatasetIndex
@@ -31,15 +29,16 @@ from ..dataset.layout import Job, TooLong
 from ..dataset.spending import spent_recently
 from ..dataset.summary import summarize
 from ..dataset.work_lock import dataset_folder, work_alone
-from ..embedder import Embedder
-from ..errors import ConfigurationError
+from ..embedder import Embedder, is_local
+from ..errors import CapReached, ConfigurationError
+from ..objects import parse_object_url
 from ..sources import Chunking, FieldRules, Source, open_source
 from ..token_estimates import LearnsTokens
 from .batches import check_batch, with_mode
 from .billing import Bill, quoted_tokens
 from .capping import at_cap, with_cap
-from .embedders import ModelChoice, is_local, make_budget, make_embedder
-from .long_passages import make_splitting, remember_too_long, settle_too_long
+from .embedders import ModelChoice, make_budget, make_embedder
+from .long_passages import make_splitting, settle_too_long
 from .options import check_job_name, output_options, shared, split_names
 from .pipeline import Pipeline, open_connection
 from .probing import check_disk, probe_provider
@@ -63,7 +62,7 @@ Sources: JSON Lines, CSV, TSV (each also .gz or .zst), Parquet, folders of text 
 gs://, az:// or https://, `-` for JSON Lines on standard input, `pydoc:` for the documentation that Python carries.
 
 Exit status: 0 all done; 1 done, but some documents were rejected or failed; 2 usage or configuration;
-3 stopped before the end, run it again to go on.
+3 stopped before the end: run it again to go on, after what the last line asks for.
 """
 
 
@@ -97,7 +96,7 @@ class RunRequest:
 @shared("chunk", "chunk_overlap", "late_chunking", "too_long", "tokenizer", "strict", "milvus")
 @click.option("--no-milvus", is_flag=True, help="Build the dataset only.")
 @shared("collection", "redis", "namespace", "job", "max_tokens", "batch")
-@click.option("--limit", type=click.IntRange(min=1), help="Admit so many new documents only: a first bite.")
+@click.option("--limit", type=click.IntRange(min=1), help="Admit so many new or changed documents only: a first bite.")
 @click.option("--rehearse", is_flag=True, help="Against a stand-in for the provider, here: nothing is sent or paid.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="As stored."
@@ -107,7 +106,7 @@ def run(sources: tuple[str, ...], **options: Any) -> int:
     """Read SOURCE..., embed every passage, store the vectors as a dataset, load them into Milvus.
 
     Killed or stopped, the same command goes on where it was. Without --milvus, a Milvus Lite database is made inside
-    the dataset's folder.
+    the dataset's folder, or as ./NAME.db for s3://BUCKET/NAME.
     """
     request = _request(sources, options)
     return anyio.run(_rehearse if request.rehearse else _run, request)
@@ -115,7 +114,7 @@ def run(sources: tuple[str, ...], **options: Any) -> int:
 
 def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
     rehearse = options["rehearse"]
-    if rehearse and (options["api_base"] or options["model"].startswith(("local/", "null/"))):
+    if rehearse and (options["api_base"] or is_local(options["model"])):
         raise ConfigurationError(
             "--rehearse is for a provider's model, such as jina/jina-embeddings-v3, without --api-base"
         )
@@ -123,7 +122,7 @@ def _request(sources: tuple[str, ...], options: dict[str, Any]) -> RunRequest:
     if options["no_milvus"] and options["milvus"]:
         raise ConfigurationError("--milvus and --no-milvus exclude each other")
     check_job_name(options["job"])
-    milvus = None if options["no_milvus"] else options["milvus"] or str(Path(to) / _LITE_NAME)
+    milvus = None if options["no_milvus"] else options["milvus"] or _default_milvus(to)
     names = (
         "model",
         "dimensions",
@@ -165,6 +164,13 @@ def _default_target(source: str, *, kind: str) -> str:
     return f"./{name.split('.')[0].strip('-') or 'dataset'}-{kind}"
 
 
+def _default_milvus(to: str) -> str:
+    """In the dataset's folder; of a dataset in an object store in the current one, under its name: wiki.db."""
+    if parse_object_url(to) is None:
+        return str(Path(to) / _LITE_NAME)
+    return f"./{default_collection(to)}.db"
+
+
 async def _rehearse(request: RunRequest) -> int:
     """The same against a simulator of the provider that has the tier's limits, takes its time and is a little unwell."""
     from ..rehearsal import Rehearsal, serve_rehearsal
@@ -200,7 +206,7 @@ async def _run(request: RunRequest) -> int:
     try:
         check_batch(embedder.spec, request.batch)
         dataset = await to_thread.run_sync(_open_dataset, request, embedder)
-        with work_alone(dataset_folder(dataset)):
+        with work_alone(dataset):
             ended = await _run_on(dataset, sources, embedder, request, standard_input)
     finally:
         await embedder.aclose()
@@ -217,15 +223,20 @@ async def _run_on(
     request: RunRequest,
     standard_input: StoppableInput | None,
 ) -> RunEnded:
-    job = remember_job(dataset, request.job, request.sources, batch=request.batch, max_tokens=request.max_tokens)
-    remember_too_long(dataset, request.job, request.too_long)
+    job = remember_job(
+        dataset, request.job, request.sources,
+        batch=request.batch, max_tokens=request.max_tokens, too_long=request.too_long,
+    )  # fmt: skip
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(open_connection(request.redis))
         # A queue of its own, since this worker knows one model only; the budget of the key is everybody's.
         queue = await stack.enter_async_context(_own_queue(connection, f"{request.namespace}:run:{dataset.info.id}"))
         budget = make_budget(request.choice, connection, namespace=request.namespace)
-        await budget.restore(lambda key_id: to_thread.run_sync(partial(spent_recently, dataset, key_id=key_id)))
-        probed_tokens = await _probe(embedder, budget, connection, dataset, request)
+        await budget.restore(await to_thread.run_sync(spent_recently, dataset))
+        worker = Worker(queue, embedder, budget=budget)
+        probed_tokens = 0
+        if not is_local(embedder.spec.model):
+            probed_tokens = await probe_provider(embedder, budget, cap=worker.cap_of(dataset, job.id))
         loader = _make_loader(dataset, request)
         if loader is not None:
             await stack.enter_async_context(loader)
@@ -236,18 +247,15 @@ async def _run_on(
         intake = Intake(admitter, queue, rejects=rejects, limit=request.limit, strict=request.strict)
         pipeline = Pipeline(
             dataset, index, queue,
-            embedder=embedder, budget=budget, intake=intake, admitter=admitter, loader=loader,
-            standard_input=standard_input,
+            worker=worker, intake=intake, admitter=admitter, loader=loader, standard_input=standard_input,
         )  # fmt: skip
         if isinstance(embedder, LearnsTokens):
-            pipeline.worker.compare_with_quote(quoted_tokens(dataset))
+            worker.compare_with_quote(quoted_tokens(dataset))
         # Not of the probe: what it runs into ends the run, and is said once.
         with telling("embedmill.budget", "embedmill.keys", "embedmill.breaker"):
             outcome = await pipeline.run(sources, quiet=request.as_json)
-        bill = Bill.of(embedder.spec.model, pipeline.worker.counts, probed_tokens=probed_tokens)
-        return RunEnded(
-            request.to, request.milvus, request.collection, loader, pipeline.worker.counts, intake, outcome, bill
-        )
+        bill = Bill.of(embedder.spec.model, worker.counts, probed_tokens=probed_tokens)
+        return RunEnded(request.to, request.milvus, request.collection, loader, worker.counts, intake, outcome, bill)
 
 
 def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:
@@ -258,17 +266,6 @@ def _open_dataset(request: RunRequest, embedder: Embedder) -> Dataset:
     return dataset
 
 
-async def _probe(
-    embedder: Embedder, budget: RequestBudget, connection: Connection, dataset: Dataset, request: RunRequest
-) -> int:
-    if is_local(embedder.spec.model):
-        return 0
-    caps = Caps(connection, namespace=request.namespace, alone=True)
-    log = SpendLog(dataset, worker=worker_name(), job=request.job)
-    cap = LoggedCap(caps.of(dataset, request.job), log, shard=None)
-    return await probe_provider(embedder, budget, cap=cap)
-
-
 def _check_disk(dataset: Dataset, index: DatasetIndex, request: RunRequest) -> None:
     warning = check_disk(
         dataset,
@@ -277,7 +274,7 @@ def _check_disk(dataset: Dataset, index: DatasetIndex, request: RunRequest) -> N
         chunking=request.chunking,
         index=index,
         limit=request.limit,
-        milvus_here=request.milvus is not None and request.milvus == str(Path(request.to) / _LITE_NAME),
+        milvus_here=request.milvus is not None and request.milvus == _default_milvus(request.to),
     )
     if warning:
         click.echo(f"embedmill: {warning}", err=True)
@@ -309,26 +306,30 @@ def remember_job(
     job: str,
     sources: Sequence[str],
     *,
+    too_long: TooLong,
     batch: bool | None = None,
     max_tokens: int | None = None,
 ) -> Job:
-    """Note in the dataset what the job reads, that it goes on, and its cap, and whether by batches, where that is said.
+    """Note in the dataset what the job reads, that it goes on, what becomes of passages that are too long, and its cap, and
+    whether by batches, where that is said.
 
     What a worker paused for want of balance goes on. Raises ConfigurationError for what a person stopped, CapReached for a
     job that has reached its cap.
     """
+    reached: CapReached | None = None
 
     def go_on(known: Job) -> Job:
+        nonlocal reached
         require_not_stopped(dataset, known)
-        known = with_cap(with_mode(known, batch), max_tokens)
-        if at_cap(dataset, known) is not None:
+        known = replace(with_cap(with_mode(known, batch), max_tokens), too_long=too_long)
+        reached = at_cap(dataset, known)
+        if reached is not None:
             return known
         added = tuple(source for source in sources if source not in known.sources)
         return replace(known, state="running", reason="", stopped_by="", sources=known.sources + added)
 
     before = dataset.job(job)
     after = dataset.change_job(job, go_on)
-    reached = at_cap(dataset, after)
     if reached is not None:
         raise reached
     if before is not None and before.state != "running":

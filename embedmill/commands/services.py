@@ -23,7 +23,7 @@ from worker.service import Worker
 from ..dataset.dataset import Dataset
 from ..dataset.layout import ZARR_ARRAY_KEY
 from ..dataset.store import open_store
-from ..dataset.work_lock import dataset_folder, work_together
+from ..dataset.work_lock import work_together
 from ..errors import ConfigurationError, EmbedmillError
 from ..inbox import check_inbox_name
 from .embedders import ModelChoice, make_budget, make_embedder
@@ -149,7 +149,7 @@ async def _worker(redis: str, namespace: str, lease_s: float, choice: ModelChoic
                 return 0
 
             def claim(dataset: Dataset) -> None:
-                locks.enter_context(work_together(dataset_folder(dataset)))
+                locks.enter_context(work_together(dataset))
 
             queue = Queue(connection, namespace=namespace, lease_s=lease_s)
             budget = make_budget(choice, connection, namespace=namespace)

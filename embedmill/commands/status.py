@@ -102,9 +102,11 @@ def _lines(dataset: Dataset | None, job: str | None, fleet: Fleet | None, rates:
         owed = summary.owed - kept
         yield from _dataset_lines(place_words(dataset, job), summary, kept)
         yield from price_lines(dataset.info.embedder.model, summary.billed_tokens)
-        for known in _jobs(dataset, job):
+        jobs = _jobs(dataset, job)
+        spent = spent_of(dataset, jobs)
+        for known in jobs:
             if known.max_tokens:
-                yield f"  cap         {spent_of(dataset, known.id):,} of {known.max_tokens:,} tokens of job {known.id}"
+                yield f"  cap         {spent[known.id]:,} of {known.max_tokens:,} tokens of job {known.id}"
             if known.state != "running":
                 yield f"  job         {known.id} is {known.state}: {known.reason}"
     if fleet is not None:
@@ -156,6 +158,8 @@ def _as_record(dataset: Dataset | None, job: str | None, fleet: Fleet | None, ra
     if dataset is not None:
         summary, kept = _counted(dataset, job)
         owed = summary.owed - kept
+        jobs = _jobs(dataset, job)
+        spent = spent_of(dataset, jobs)
         record = {
             "dataset": dataset.url,
             "passages": summary.as_dict(),
@@ -168,9 +172,9 @@ def _as_record(dataset: Dataset | None, job: str | None, fleet: Fleet | None, ra
                     "state": known.state,
                     "reason": known.reason,
                     "max_tokens": known.max_tokens or None,
-                    "capped_tokens": spent_of(dataset, known.id) if known.max_tokens else None,
+                    "capped_tokens": spent.get(known.id),
                 }
-                for known in _jobs(dataset, job)
+                for known in jobs
             ],
         }
     if fleet is None:

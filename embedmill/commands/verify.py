@@ -16,7 +16,7 @@ from scheduler.reconcile import reconcile
 
 from ..dataset.dataset import Dataset
 from ..dataset.verification import DatasetReport, verify_dataset
-from ..dataset.work_lock import dataset_folder, work_alone
+from ..dataset.work_lock import work_alone
 from ..errors import CorruptStore, StorageError
 from .options import output_options, shared
 from .services import open_service
@@ -110,7 +110,7 @@ def _put_aside(dataset: Dataset, report: DatasetReport) -> list[int]:
     """Damaged shards that embedding again mends; nobody may be at work on the dataset meanwhile."""
     shards = sorted({problem.shard for problem in report.problems if problem.shard is not None})
     if shards:
-        with work_alone(dataset_folder(dataset)):
+        with work_alone(dataset):
             for shard in shards:
                 dataset.put_aside(shard)
     return shards
@@ -151,5 +151,6 @@ def _print_dataset(dataset: Dataset, report: DatasetReport) -> None:
     click.echo(
         f"{dataset.url}: {summary.admitted:,} accepted = {summary.embedded:,} embedded + {summary.failed_words}"
         f" + {summary.deleted:,} deleted + {summary.cancelled:,} cancelled + {summary.owed:,} owed"
+        + (f" + {summary.removed:,} removed" if summary.removed else "")
     )
     click.echo(f"every checksum holds ({report.bytes_read / 1e6:,.1f} MB read back in {summary.shards:,} shards)")

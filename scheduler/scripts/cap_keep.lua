@@ -1,18 +1,10 @@
 -- Says which holds are of requests that live. A memory that was born since takes them up.
+-- include: account
 --
 -- KEYS            as in cap_reserve.lua
 -- ARGV[1] hold_ttl  ms
 -- ARGV[2...]        op, most, doubtful, and the birth of the memory that gave it, of each
 -- Reply: the birth of the memory that has them now, '' where nothing is remembered
-
-local KEPT_MS = 86400000
-
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + tonumber(time[2]) / 1000
-local function whole(value) return string.format('%.0f', value) end
-
--- A full server, too, takes what is written behind a first write that needs no memory.
-redis.call('ZREM', KEYS[2], '')
 
 local birth = redis.call('HGET', KEYS[1], 'birth')
 if not birth then return '' end
@@ -27,5 +19,5 @@ for i = 2, #ARGV, 4 do
   end
   if not unknown then redis.call('ZADD', KEYS[2], whole(now + tonumber(ARGV[1])), op) end
 end
-for i = 1, 4 do redis.call('PEXPIRE', KEYS[i], KEPT_MS) end
+keep()
 return birth

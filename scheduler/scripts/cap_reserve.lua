@@ -1,5 +1,6 @@
 -- Reserves the most that a request can count from a job's cap. Asking again with the same op changes nothing.
 -- Of what a holder left that is not heard of any more its doubtful tokens are charged, and the rest comes back.
+-- include: account
 --
 -- KEYS[1] state    hash    spent (tokens charged), held (sum of what is reserved), birth (names this memory: an op),
 --                          gate (ms until which nothing is given), looking (set while somebody reads the spend logs),
@@ -21,21 +22,9 @@
 --        {-1, spent, held, batches} it does not fit, whatever the others give back
 --        {-2} no memory: read the spend logs | {-3, batches} look which batches are open
 
-local KEPT_MS = 86400000
-
-local time = redis.call('TIME')
-local now = tonumber(time[1]) * 1000 + tonumber(time[2]) / 1000
 local op, most, doubtful = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local limit, hold_ttl = tonumber(ARGV[4]), tonumber(ARGV[5])
 local seen = ARGV[8]
-
-local function whole(value) return string.format('%.0f', value) end
-local function keep()
-  for i = 1, 4 do redis.call('PEXPIRE', KEYS[i], KEPT_MS) end
-end
-
--- A full server, too, takes what is written behind a first write that needs no memory.
-redis.call('ZREM', KEYS[2], '')
 
 local state = {}
 local flat = redis.call('HGETALL', KEYS[1])

@@ -1,4 +1,5 @@
 -- Ends the hold of a request: charges what it cost, and gives back the rest. Settling twice changes nothing.
+-- include: account
 --
 -- KEYS            as in cap_reserve.lua
 -- ARGV[1] op      string
@@ -7,11 +8,6 @@
 -- ARGV[4] noted   '1' when a batch was noted in the dataset under this hold: from now on everybody looks there first
 -- Reply: tokens spent, -1 where nothing is remembered. The spend log has the request already: who reads it next knows.
 
-local KEPT_MS = 86400000
-
-local function whole(value) return string.format('%.0f', value) end
-
--- A full server, too, takes what is written behind a first write that needs no memory.
 redis.call('ZREM', KEYS[2], ARGV[1])
 
 local spent = tonumber(redis.call('HGET', KEYS[1], 'spent') or -1)
@@ -34,5 +30,5 @@ elseif ARGV[3] ~= '' and redis.call('HGET', KEYS[1], 'birth') ~= ARGV[3] and red
     redis.call('HINCRBY', KEYS[1], 'late', charge)
   end
 end
-for i = 1, 4 do redis.call('PEXPIRE', KEYS[i], KEPT_MS) end
+keep()
 return spent

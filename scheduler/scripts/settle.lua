@@ -27,9 +27,11 @@ local function put(name, value)
 end
 
 local function learn(limit, named, retry_after)
+  -- Of an address, or of nothing that we know: there is no limit here that could be lowered to it.
+  if not configured[limit] then named = 0 end
   local believed = configured[limit] and limit_of(state, limit, configured[limit]) or 0
   local news = named > 0 and (believed == 0 or named < believed)
-  if named > 0 and configured[limit] then
+  if named > 0 then
     local stale = now - (state[limit .. '_at'] or 0) >= BELIEVED_MS
     if named ~= configured[limit] and (stale or state[limit] ~= named) then
       told[#told + 1] = limit

@@ -18,7 +18,8 @@ from anyio import to_thread
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.submissions import Submissions
 from embedmill.rehearsal import ProviderSimulator, Rehearsal, serve_rehearsal
-from tests.conftest import ROOT, write_jsonl
+from tests.conftest import ROOT, Command, write_jsonl
+from tests.datasets import small_dataset
 from tests.invariants import check_dataset
 
 # Seconds that pass for minutes: how long after an intent the provider's list is believed.
@@ -140,10 +141,12 @@ async def test_a_held_submission_is_shown_and_a_person_decides(tmp_path: Path) -
         status, said = await on(*on.run)
         assert status == 3
         assert "submission 00000000-0001 is held" in said
+        assert "`embedmill batches discard 00000000-0001 --to DATASET`" in said
         _, listed = await on("batches", "list", "--to", "out")
         assert "00000000-0001  held" in listed
         status, said = await on("batches", "discard", "00000000-0002", "--to", "out")
         assert (status, "no submission 00000000-0002" in said) == (2, True)
+        assert f"`embedmill batches list --to {tmp_path / 'out'}`" in said
         assert on.stats("batches") == {"failed": 1}
         for fault in ("batch_lost_answer", "batch_failed"):
             object.__setattr__(on.simulator._rehearsal, fault, 0.0)
@@ -159,6 +162,12 @@ async def test_a_held_submission_is_shown_and_a_person_decides(tmp_path: Path) -
         on.check()
 
 
+def test_settings_of_the_file_count_for_the_subcommands_too(embedmill: Command) -> None:
+    dataset = small_dataset(embedmill.folder / "d")
+    (embedmill.folder / "embedmill.toml").write_text('to = "d"\n')
+    assert embedmill("batches", "list", "--json").record == {"dataset": dataset.url, "submissions": []}
+
+
 async def test_a_cancelled_job_cancels_its_batches_at_the_provider(tmp_path: Path) -> None:
     async with commands(tmp_path, batch_s=600) as on:
         process = on.start(*on.run)
@@ -171,6 +180,9 @@ async def test_a_cancelled_job_cancels_its_batches_at_the_provider(tmp_path: Pat
         finally:
             process.kill()
         assert process.returncode == 3
+        status, said = await on("pause", "main", "--to", "out")
+        assert status == 0
+        assert "Its batches at the provider (1) go on, and have to be fetched within the provider's 24 hours." in said
         status, said = await on("cancel", "main", "--to", "out", "--yes")
         assert status == 0
         assert "say --api-base" in said, "the key is not sent to where a dataset says"
@@ -178,6 +190,9 @@ async def test_a_cancelled_job_cancels_its_batches_at_the_provider(tmp_path: Pat
         assert status == 0, said
         assert on.stats("batches") == {"cancelled": 1}
         assert [one.state for one in on.submissions] == ["cancelled"]
+        await on("resume", "main", "--to", "out")
+        status, said = await on("pause", "main", "--to", "out")
+        assert (status, "24 hours" in said) == (0, False), said
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from embedmill.rehearsal.batch import BatchDesk
 from embedmill.token_bounds import most_tokens
 from scheduler.budget import Unlimited
 from tests.batch_bench import KEY, bench, texts_of, tokens_of_one
-from worker import batch_lane
+from worker import batch_matching, batch_sending
 from worker.embedders.jina_batches import JinaBatches
 
 
@@ -142,7 +142,11 @@ async def test_a_batch_that_failed_once_is_made_up_for_by_the_next(tmp_path: Pat
         assert on.states["completed"] == 1
 
 
-async def test_another_key_that_cannot_see_the_batch_says_so_and_sends_nothing(tmp_path: Path) -> None:
+async def test_another_key_that_cannot_see_the_batch_waits_then_says_so_and_sends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_matching, "_OTHER_KEY_AFTER_S", 1.0)
+    monkeypatch.setattr(batch_matching, "_OTHER_KEY_AGAIN_S", 0.05)
     async with bench(tmp_path, batch_s=60) as on:
         on.admit(texts_of(0))
         await on.work(until=lambda: bool(on.submissions.batch_ids()))
@@ -202,7 +206,7 @@ def without_output(monkeypatch: pytest.MonkeyPatch, *, times: int) -> list[str]:
     return asked
 
 
-async def test_an_output_that_stays_away_is_asked_for_some_times_and_then_a_person_decides(
+async def test_an_output_that_stays_away_is_asked_for_for_some_time_and_then_a_person_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = without_output(monkeypatch, times=1000)
@@ -213,7 +217,7 @@ async def test_an_output_that_stays_away_is_asked_for_some_times_and_then_a_pers
         assert job is not None
         assert "is completed, and the provider does not have its output" in job.reason
         assert "embedmill batches discard 00000000-0001" in job.reason
-        assert len(asked) == 4
+        assert len(asked) > 1
         assert on.states == {"completed": 1}
 
 
@@ -307,8 +311,8 @@ async def test_a_shard_over_the_endpoints_limits_is_several_batches(
 
 
 async def test_no_more_batches_are_open_than_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_lane, "MOST_OPEN", 2)
-    monkeypatch.setattr(batch_lane, "_PLACE_AGAIN_S", 0.05)
+    monkeypatch.setattr(batch_sending, "MOST_OPEN", 2)
+    monkeypatch.setattr(batch_sending, "_PLACE_AGAIN_S", 0.05)
     async with bench(tmp_path, batch_s=0.2) as on:
         on.admit(*(texts_of(shard, 5) for shard in range(5)))
         seen: list[int] = []
@@ -336,7 +340,7 @@ async def test_two_workers_that_know_nothing_of_each_other_send_each_shard_once(
 
 async def test_with_a_refused_key_and_a_good_one_the_good_one_sends(tmp_path: Path) -> None:
     class TwoKeys(Unlimited):
-        usable_secrets = ("jina_bad", KEY)
+        secrets = usable_secrets = ("jina_bad", KEY)
 
     async with bench(tmp_path, bad_key_marker="bad") as on:
         on.admit(texts_of(0))

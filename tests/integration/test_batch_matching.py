@@ -269,7 +269,7 @@ async def test_a_batch_that_no_key_at_hand_knows_is_not_called_cancelled(
         monkeypatch.setenv("JINA_API_KEY", "jina_other,jina_third")
         [left] = await cancel_batches(on.dataset, "main", on.api_base)
         assert f"{batch_id} may go on at the provider: it was sent with another API key ({intent.key})" in left
-        assert "embedmill batches discard 00000000-0001" in left
+        assert f"`embedmill batches discard 00000000-0001 --to {on.dataset.url}` counts it as billed" in left
         assert [one.state for one in on.submissions.of_shard(0)] == ["accepted"]
         assert "cancelled" not in on.states
 

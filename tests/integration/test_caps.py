@@ -12,7 +12,7 @@ import pytest
 
 from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
-from embedmill.embedder import EmbedderSpec
+from embedmill.embedder import BatchLimits, EmbedderSpec
 from embedmill.rehearsal import ProviderSimulator, Rehearsal, serve_rehearsal
 from scheduler.budget import Budget
 from scheduler.caps import Caps, JobCap
@@ -30,6 +30,7 @@ from worker.service import Worker
 pytestmark = pytest.mark.server
 MODEL = "jina/jina-embeddings-v3"
 _HOLD_S = 2.0
+_CONCURRENCY, _REQUEST_TOKENS = 4, 500
 
 
 @pytest.fixture
@@ -83,8 +84,18 @@ class Fleet:
         return record is not None and record.state == "paused"
 
 
+class SmallRequests(JinaEmbedder):
+    """So that what is charged twice, or on doubt, for a request or two is little of a cap."""
+
+    @property
+    def limits(self) -> BatchLimits:
+        return replace(super().limits, max_inputs=16, max_tokens=_REQUEST_TOKENS, least_tokens=0, most_inputs=0)
+
+
 def make_embedder(api_base: str) -> JinaEmbedder:
-    return JinaEmbedder(MODEL, key="jina_x", api_base=api_base, dimensions=16, concurrency=4, tokens_per_minute=120_000)
+    return SmallRequests(
+        MODEL, key="jina_x", api_base=api_base, dimensions=16, concurrency=_CONCURRENCY, tokens_per_minute=120_000
+    )
 
 
 @asynccontextmanager
@@ -93,7 +104,8 @@ async def a_fleet(
 ) -> AsyncIterator[Fleet]:
     spec: EmbedderSpec = make_embedder("http://127.0.0.1:1/v1").spec
     dataset = small_dataset(folder / "set", embedder=spec, shard_rows=256, chunk_rows=64)
-    texts = [f"{id_}: {text}" for id_, text in corpus.texts.items()]
+    # Short ones: a job stops when the most that one of them may count does not fit.
+    texts = [f"{id_}: {text}"[:500] for id_, text in corpus.texts.items()]
     for shard in range(5):
         admit_texts(dataset, shard, texts[256 * shard : 256 * (shard + 1)])
     dataset.change_job("main", lambda job: replace(job, caps={"max_tokens": cap}))
@@ -150,7 +162,9 @@ async def test_a_server_that_loses_everything_does_not_reset_the_cap(
                 await fleet.queue_all()
             await until(fleet.stopped, within_s=60)
             group.cancel_scope.cancel()
-        assert 0.95 * 40_000 < fleet.billed <= 40_000
+        # What is under way when everything is lost may be charged twice: nobody can tell whether the logs had it already.
+        under_way = 3 * _CONCURRENCY * _REQUEST_TOKENS
+        assert 40_000 - 2 * under_way < fleet.billed <= 40_000
 
 
 async def test_what_a_killed_worker_held_comes_back_and_its_requests_count(

@@ -8,6 +8,7 @@ import sys
 import threading
 from contextlib import asynccontextmanager
 
+import anyio
 import numpy as np
 import pytest
 from aiohttp import web
@@ -116,7 +117,7 @@ async def test_refusals_for_rate_are_waited_out_and_a_tier_paces():
         serve(stand) as api,
         embedmill.AsyncJinaEmbedding(api_key=KEY, api_base=api, tier="premium") as jina,
     ):
-        assert len(await jina.encode_documents(["a", "b"])) == 2
+        assert len(await jina.encode_documents(["a", "bb"])) == 2
     assert len(stand.bodies) == 3
 
 
@@ -131,6 +132,7 @@ async def test_what_is_refused_says_which_texts_and_nothing_comes_back():
             await jina.encode_documents(["a", "b"])
 
 
+@pytest.mark.parametrize("tier", [None, "premium"])
 @pytest.mark.parametrize(
     ("vector", "said"),
     [
@@ -139,12 +141,47 @@ async def test_what_is_refused_says_which_texts_and_nothing_comes_back():
         (lambda _, size: np.ones(size, np.float32), "3 different texts got one vector"),
     ],
 )
-async def test_vectors_that_mean_nothing_are_asked_for_again_and_never_returned(vector, said):
+async def test_vectors_that_mean_nothing_are_asked_for_again_and_never_returned(vector, said, tier):
     stand = Stand(vector)
-    async with serve(stand) as api, embedmill.AsyncJinaEmbedding(api_key=KEY, api_base=api) as jina:
+    async with serve(stand) as api, embedmill.AsyncJinaEmbedding(api_key=KEY, api_base=api, tier=tier) as jina:
         with pytest.raises(OutcomeUnknown, match=said):
             await jina.encode_documents(["a", "b", "c"])
     assert len(stand.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "taken"),
+    [
+        (["a", "b"], {}, False),
+        (["A text", "a  text"], {}, True),
+        (["x" * 9000 + "a", "x" * 9000 + "b"], {}, True),
+        (["x" * 9000 + "a", "x" * 9000 + "b"], {"truncate": False}, False),
+    ],
+    ids=["told apart", "one text to a tokenizer", "cut", "not cut"],
+)
+async def test_texts_share_a_vector_where_a_worker_would_believe_it(texts, options, taken):
+    stand = Stand(lambda _, size: np.ones(size, np.float32))
+    async with serve(stand) as api, embedmill.AsyncJinaEmbedding(api_key=KEY, api_base=api, **options) as jina:
+        jina._embedder.estimate_tokens = lambda texts: [1] * len(texts)  # Long texts go alone otherwise.
+        if taken:
+            assert len(await jina.encode_documents(texts)) == 2
+        else:
+            with pytest.raises(OutcomeUnknown, match="2 different texts got one vector"):
+                await jina.encode_documents(texts)
+
+
+async def test_queries_are_cut_also_where_documents_are_late_chunked():
+    stand = Stand(lambda _, size: np.ones(size, np.float32))
+    texts = ["x" * 9000 + "a", "x" * 9000 + "b"]
+    async with (
+        serve(stand) as api,
+        embedmill.AsyncJinaEmbedding(api_key=KEY, api_base=api, late_chunking=True) as jina,
+    ):
+        jina._embedder.estimate_tokens = lambda texts: [1] * len(texts)
+        assert len(await jina.encode_queries(texts)) == 2
+        assert stand.bodies[0]["truncate"]
+        with pytest.raises(OutcomeUnknown, match="2 different texts got one vector"):
+            await jina.encode_documents(texts)
 
 
 async def test_late_chunking_keeps_the_passages_of_a_document_together():
@@ -187,6 +224,35 @@ async def test_the_blocking_face_gives_the_same_also_where_a_loop_runs_and_from_
         for vectors in await to_thread.run_sync(work):
             assert vectors[:, 0].tolist() == [2, 3]
     assert len(stand.bodies) == 3
+
+
+async def test_closing_ends_what_another_thread_waits_for():
+    asked, over = anyio.Event(), anyio.Event()
+
+    class Silent(Stand):
+        async def answer(self, request):
+            asked.set()
+            await over.wait()
+            return await super().answer(request)
+
+    async with serve(Silent()) as api:
+        jina = embedmill.JinaEmbedding(api_key=KEY, api_base=api)
+        failures = []
+
+        def wait():
+            try:
+                jina.encode_documents(["a"])
+            except ConfigurationError as error:
+                failures.append(str(error))
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        with anyio.fail_after(10):
+            await asked.wait()
+        await to_thread.run_sync(jina.close)
+        await to_thread.run_sync(waiting.join, 10)
+        over.set()
+    assert failures == ["this JinaEmbedding is closed: make a new one"]
 
 
 async def test_the_thread_of_the_blocking_face_ends_with_it():

@@ -11,12 +11,12 @@ import pytest
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import EMBEDDED
-from embedmill.errors import EmbedmillError, Overloaded, RequestTooLarge
+from embedmill.errors import BatchPending, EmbedmillError, Overloaded, RequestTooLarge
 from scheduler.budget import Unlimited
 from scheduler.queue import Depth, Queue
 from tests.datasets import small_dataset
 from tests.worker_bench import Hook, TestedEmbedder, check, kept_rows, owe, statuses, texts_of, until, work_off
-from worker import isolation, requesting, service
+from worker import embedding, isolation, requesting, service
 from worker.attempts import RetryPolicy, embed_batch
 from worker.requesting import CANARY
 from worker.service import Worker
@@ -119,6 +119,26 @@ async def test_while_the_provider_fails_at_every_text_nothing_is_buried(dataset:
         worker.stop()
     check(dataset)
     assert statuses(dataset) == [EMBEDDED] * 8
+
+
+async def test_a_shard_in_trials_that_waits_for_batches_to_end_is_put_off_and_buries_nobody(
+    dataset: Dataset, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "FAILURES_TO_SUSPECT", 0)
+    waited = 0
+
+    async def wait_for_batches(request: list[str]) -> None:
+        nonlocal waited
+        waited += 1
+        if waited <= FAILURES_TO_BURY + 2:
+            raise BatchPending("open batches hold what is left of the job's cap", retry_after_s=0.001)
+
+    await owe(dataset, queue, texts_of(0, rows=1))
+    embedder = TestedEmbedder(before=wait_for_batches)
+    await work_off(queue, embedder, patient=True)
+    check(dataset)
+    assert failures(dataset) == []
+    assert embedder.times[CANARY] == 0, "nobody is to blame, so there is nothing to find out"
 
 
 async def test_a_delivery_ends_after_a_few_passages_that_fail(

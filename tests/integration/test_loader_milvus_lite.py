@@ -90,7 +90,7 @@ def ledger_of(dataset: Dataset) -> Ledger:
     (folder,) = (Path(dataset.url) / "loads").iterdir()
     record = json.loads((folder / "target.json").read_bytes())
     record.pop("format_version")
-    return Ledger(dataset.store, LedgerTarget(**record))
+    return Ledger(dataset, LedgerTarget(**record))
 
 
 async def test_a_send_without_a_result_in_the_ledger_is_applied_again(dataset: Dataset, target: MilvusTarget) -> None:

@@ -171,7 +171,7 @@ def test_push_asks_the_provider_first_where_it_has_a_key_and_says_so_where_not(
 ) -> None:
     with running(Server(tmp_path / "server", on_socket=True, aof=True)) as server:
         pushed = ("push", unique, "--to", "set", "--redis", server.url, "--limit", "20")
-        assert embedmill("create", "set", *V3, environment=KEY).status == 0
+        assert embedmill("create", "set", *V3).status == 0, "it sends nothing, and needs no key"
         with provider(dimensions=16, status=401) as api_base:
             refused = embedmill(*pushed, "--api-base", api_base, environment=KEY)
         assert refused.status == 3
@@ -181,9 +181,10 @@ def test_push_asks_the_provider_first_where_it_has_a_key_and_says_so_where_not(
         with provider(dimensions=16) as api_base:
             assert embedmill(*pushed, "--api-base", api_base, environment=KEY).status == 0
         assert sum(dataset.admission(shard).rows for shard in dataset.admitted()) == 20
-        keyless = embedmill("push", unique, "--to", "set", "--redis", server.url)
-        assert keyless.status == 0
-        assert keyless.stderr.count("the provider was not asked whether it answers") == 1
+        for named in ((), V3):
+            keyless = embedmill("push", unique, "--to", "set", "--redis", server.url, *named)
+            assert keyless.status == 0
+            assert keyless.stderr.count("the provider was not asked whether it answers: no Jina API key") == 1
 
 
 @pytest.mark.server

@@ -297,7 +297,7 @@ def test_a_network_that_goes_while_it_is_read_is_a_storage_error_and_no_reject(
     from embedmill.sources import files
 
     monkeypatch.setattr(files, "RANGE_BYTES", 10_000)
-    monkeypatch.setattr(objects.open_objects, "__kwdefaults__", {"retries": 1, "retry_s": 5})
+    monkeypatch.setattr(objects.open_objects, "__kwdefaults__", {"retries": 1, "retry_s": 5, "timeout_s": 30})
     url = bucket.put(f"wire/{name}", FORMATS[name]())
     wire = Wire(server)
     try:

@@ -13,7 +13,7 @@ import pytest
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import EMBEDDED
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from scheduler.queue import Queue
 from scheduler.reconcile import reconcile
 from tests.conftest import ROOT

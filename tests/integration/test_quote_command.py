@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from embedmill.embedder import EmbedderSpec
 from embedmill.token_estimates import TokenEstimator, write_estimates
 from tests.conftest import Command, Corpus

@@ -20,7 +20,8 @@ class Running:
     def __init__(self, process):
         self._process = process
         self.said = [process.stdout.readline() for _ in range(4)]
-        self.api_base = self.said[2].split("--api-base")[1].strip()
+        self.command = self.said[2]
+        self.api_base = self.command.split("--api-base")[1].strip()
         self.ended = None
 
     def embed(self, texts):
@@ -73,6 +74,8 @@ def test_it_says_how_to_use_it_and_shows_at_its_end_what_it_billed():
 def test_a_tier_gives_the_limits_and_single_figures_override_it(options, limits):
     with running(*options, "--window", "bucket", "--window-s", "6", "--other-client", "0.3") as run:
         shown = run.stats()["limits"]
+        tier = options[1] if "--tier" in options else "paid"
+        assert f" --to ./rehearsal --model jina/jina-embeddings-v3 --tier {tier} --api-base " in run.command
     assert shown == {"window": "bucket", "window_s": 6.0, "other_client": 0.3, **limits}
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -92,6 +93,31 @@ async def test_a_limit_counts_documents_and_takes_their_last_one_whole(tmp_path:
     rows = [row["id"] for shard in dataset.admitted() for row in dataset.documents(shard)[0].to_pylist()]
     assert rows == ["0#0", "0#1", "0#2", "1#0", "1#1", "1#2"]
     assert sum(task.rows for task in queue.tasks) == 6
+
+
+@pytest.mark.parametrize("chunking", [None, Chunking(3)], ids=["whole", "in passages"])
+async def test_a_limit_passes_over_what_is_there_already(tmp_path: Path, chunking: Chunking | None) -> None:
+    """Another push has written since, so the first source is read from its beginning each time."""
+    write_jsonl(tmp_path / "a.jsonl", [{"id": f"a{n}", "text": "one two six"} for n in range(30)])
+    write_jsonl(tmp_path / "b.jsonl", [{"id": f"a{n}", "text": "old"} for n in (3, 4)])
+    dataset = small_dataset(tmp_path / "out", shard_rows=8)
+    passages = 1 if chunking is None else 3
+
+    async def take(name: str, limit: int | None) -> tuple[int, int]:
+        source = open_source(str(tmp_path / name), rules=FieldRules(), chunking=chunking)
+        with closing(dataset.open_index()) as index:
+            admitter = Admitter(dataset, index, job="main")
+            intake = Intake(admitter, Enqueued(), rejects=tmp_path / "rejects", limit=limit)  # type: ignore[arg-type]
+            await intake.run([source])
+        return admitter.counts.new, admitter.counts.updated
+
+    assert await take("a.jsonl", 5) == (5 * passages, 0)
+    await take("b.jsonl", None)
+    new, updated = await take("a.jsonl", 5)
+    assert updated >= 2
+    assert new == 3 * passages
+    await take("b.jsonl", None)
+    assert (await take("a.jsonl", 100))[0] == 22 * passages
 
 
 async def test_a_reading_that_ended_inside_of_a_document_neither_loses_nor_doubles_a_passage(tmp_path: Path) -> None:

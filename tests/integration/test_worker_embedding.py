@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import anyio
 import numpy as np
 import pytest
 
@@ -16,8 +17,10 @@ from embedmill.errors import (
     PassageTooLarge,
     RequestTooLarge,
 )
+from scheduler.budget import Unlimited
 from scheduler.queue import Depth, Queue
 from scheduler.reconcile import reconcile
+from tests.datasets import admit_texts
 from tests.worker_bench import (
     TestedEmbedder,
     check,
@@ -27,6 +30,8 @@ from tests.worker_bench import (
     work_off,
 )
 from worker import requesting
+from worker.embedding import ShardEmbedding, Tools
+from worker.results import Increment, ShardResults
 
 pytestmark = pytest.mark.server
 
@@ -41,6 +46,35 @@ async def test_everything_owed_is_embedded_once_and_committed(dataset: Dataset, 
     counts = worker.counts
     assert (counts.embedded, counts.failed, counts.shards, counts.requests) == (19, 0, 3, 5)
     assert counts.tokens == sum(map(len, [*texts_of(0), *texts_of(1), *texts_of(2, rows=3)]))
+
+
+async def test_what_arrives_last_is_kept_also_where_the_work_is_cancelled_with_it(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit_texts(dataset, 0, texts_of(0))
+    add = ShardResults.add
+
+    def add_and_cancel(results: ShardResults, increment: Increment, *, kept: bool = False) -> int:
+        added = add(results, increment, kept=kept)
+        if not results.owed():
+            scope.cancel()
+        return added
+
+    monkeypatch.setattr(ShardResults, "add", add_and_cancel)
+    embedder = TestedEmbedder()
+    tools = Tools(
+        embedder=embedder,
+        requester=requesting.Requester(embedder, Unlimited(), requesting.WorkerCounts()),
+        worker="w",
+        permits=anyio.CapacityLimiter(1),
+        draining=anyio.Event(),
+    )
+    with anyio.CancelScope() as scope:
+        await ShardEmbedding(tools, dataset, 0, deliveries=1).run()
+    assert dataset.marker(0) is None
+    await ShardEmbedding(tools, dataset, 0, deliveries=2).run()
+    assert statuses(dataset) == [EMBEDDED] * 8
+    assert set(embedder.times.values()) == {1}, "paid for twice"
 
 
 @pytest.mark.parametrize("row", [0, 5, 7])

@@ -23,7 +23,7 @@ from embedmill import failpoints
 from embedmill.dataset import layout
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import DatasetInfo
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from embedmill.documents import Cursor, SourceDocument, hash16
 from embedmill.embedder import BatchLimits, Embedding, Role
 from embedmill.producer import Producer

@@ -23,7 +23,7 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio._backends._asyncio import CancelScope
 
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 
 from .loop import Baton, SimulatedLoop
 

@@ -300,3 +300,5 @@ async def test_another_process_learns_of_an_open_breaker_and_waits_for_the_probe
     assert sorted(map(bool, admitted)) == [False] * 4 + [True]
     assert (ours.is_open, theirs.is_open, ours.trouble) == (False, False, "")
     assert caplog.text.count("fails again and again") == caplog.text.count("answers again") == 2
+    # The second has seen no failure itself.
+    assert sum(message.endswith("until a probe goes well") for message in caplog.messages) == 1

@@ -130,9 +130,7 @@ async def test_settling_twice_changes_nothing(clock, connection):
 
 
 async def test_a_lost_budget_learns_what_was_spent_where_it_falls_and_one_that_is_there_does_not(clock, connection):
-    async def spent(_key_id):
-        return [(50.0, 20_000), (10.0, 15_000), (10.1, 15_000)]
-
+    spent = {"k": [(50.0, 20_000), (10.0, 15_000), (10.1, 15_000)], "other": [(1.0, 60_000)]}
     asker = Asker(connection, tpm=60_000, max_wait_s=100)
     await asker.budget.restore(spent)
     # There is room for 9,700 at once; what was sent 50 s ago leaves the window in ten seconds, and makes room for more.
@@ -244,6 +242,16 @@ async def test_refusals_below_the_limit_slow_the_rate_down(clock, connection):
     clock.now_s += 3
     await asker.reserve(20_000)
     assert (await asker.reserve())[1] == pytest.approx(20 / 0.98 / 0.85 - 1, rel=0.01)
+
+
+@pytest.mark.parametrize("limit", ["address", "unknown"])
+async def test_a_refusal_that_names_a_number_for_no_limit_of_ours_slows_down_too(clock, connection, limit):
+    asker = Asker(connection, tpm=60_000, max_wait_s=100)
+    _, _, _, grant = await asker.reserve()
+    await asker.settle(grant, refusal=RateLimited("", limit=limit, allowed=100))
+    clock.now_s += 6
+    await asker.reserve(20_000)
+    assert (await asker.reserve())[1] == pytest.approx(20 / 0.98 / 0.859 - 1, rel=0.01)
 
 
 def test_a_key_is_not_in_what_stands_for_it():

@@ -12,8 +12,8 @@ import pytest
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.dead_letters import FailedRow, drop_letters, failed_rows
 from embedmill.dataset.layout import CANCELLED, EMBEDDED, Failure, Job
+from embedmill.dataset.local_store import LocalStore
 from embedmill.dataset.passages import ShardOrigin
-from embedmill.dataset.store import LocalStore
 from embedmill.dataset.summary import DatasetSummary, summarize
 from embedmill.dataset.verification import verify_dataset
 from embedmill.errors import StorageError

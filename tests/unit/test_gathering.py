@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.index import DatasetIndex, Known
 from embedmill.documents import Cursor
 from tests.datasets import document
 from tests.late_documents import (
@@ -126,6 +128,38 @@ def test_a_race_that_is_lost_while_room_is_made_takes_the_document_once(dataset:
     ]  # fmt: skip
     assert [id_ for id_, _, _ in rows].count("x#0") == 1
     assert shards(dataset)[-1][0][0] == "a#0"
+
+
+def test_a_document_that_comes_in_many_blocks_is_looked_up_once(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    newest = DatasetIndex.newest
+
+    def counted(index: DatasetIndex, ids: Sequence[str]) -> dict[str, Known]:
+        asked.extend(ids)
+        return newest(index, ids)
+
+    monkeypatch.setattr(DatasetIndex, "newest", counted)
+    texts = [str(number) for number in range(200)]
+    _, rejects = push(dataset, "k", *split("a", *texts, record=1), *split("b", "x", "y", record=2))
+    assert len(rejects) == 200
+    assert [[id_ for id_, _, _ in rows] for rows in shards(dataset)] == [["b#0", "b#1"]]
+    assert len(asked) < 3 * 200
+
+
+def test_a_passage_that_another_document_has_is_seen_also_where_it_came_in_an_earlier_block(dataset: Dataset) -> None:
+    push(dataset, "k", document("a#0", "alone", record=1))
+    _, rejects = push(dataset, "k2", *split("a", "1", "2", record=1))
+    assert {reject.reason for reject in rejects} == {"the id of its passage 'a#0' is another document's"}
+
+
+def test_a_passage_that_stands_twice_in_a_source_is_seen_also_where_it_was_found_unchanged_before(
+    dataset: Dataset,
+) -> None:
+    push(dataset, "k", *split("a", "1", "2", record=1))
+    _, rejects = push(dataset, "k2", *split("a", "1", "2", record=1), *split("a", "3", "4", record=2))
+    assert {reject.reason for reject in rejects} == {"this id stands twice in this source; the first one is kept"}
 
 
 @settings(max_examples=60, deadline=None)

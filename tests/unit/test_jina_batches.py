@@ -194,6 +194,23 @@ async def test_a_list_is_all_there_is_when_it_is_shorter_than_the_shortest_limit
     assert asked[0][1] == "/v1/batches?limit=100"
 
 
+async def test_what_the_list_says_in_another_way_is_a_batch_that_may_be_anything() -> None:
+    odd = [{**STATUS, "status": "cancelling"}, {**STATUS, "model": None}, {"batch_id": "batch_abc123"}]
+    async with endpoint([STATUS, *odd]) as (batches, _):
+        listed, is_all = await batches.recent()
+    assert [one.batch_id for one in listed] == ["batch_abc123"] * 4
+    assert [one.is_open for one in listed] == [False, True, True, True]
+    assert is_all
+
+
+@pytest.mark.parametrize("rubbish", [{}, {"id": "batch_1"}, {**STATUS, "batch_id": "../1"}, "text", None, 7])
+async def test_what_the_list_says_without_an_id_is_passed_over_and_may_be_one_that_is_not_listed(rubbish: Any) -> None:
+    async with endpoint([rubbish, STATUS]) as (batches, _):
+        listed, is_all = await batches.recent()
+    assert [one.batch_id for one in listed] == ["batch_abc123"]
+    assert not is_all
+
+
 def answered(embedding: Any, *, status_code: int = 200, **body: Any) -> dict[str, Any]:
     data = [{"object": "embedding", "index": 0, "embedding": embedding}]
     return {"custom_id": "a-0", "response": {"status_code": status_code, "body": {"data": data, **body}}, "error": None}
@@ -203,40 +220,37 @@ BASE64 = base64.b64encode(np.array([1.0, 2.0], "<f4").tobytes()).decode()
 
 
 @pytest.mark.parametrize(
-    ("line", "vector", "said", "rejected"),
+    ("line", "vector", "said"),
     [
-        (answered([1.0, 2.0]), [1, 2], "", False),
-        (answered(BASE64), [1, 2], "", False),
-        (answered([1.0]), None, "1 dimensions instead of 2", False),
-        (answered("!"), None, "not what Jina's API promises", False),
-        (answered([1e300, 1.0]), [float("inf"), 1], "", False),
-        ({"custom_id": "a-0"}, None, "neither a vector nor an error", False),
-        ({"custom_id": "a-0", "response": {"body": {"data": []}}}, None, "0 vectors for a text", False),
-        ({"custom_id": "a-0", "error": {"code": "422", "message": "bad text"}}, None, "bad text", True),
-        ({"custom_id": "a-0", "error": {"code": "INPUT_EMPTY", "message": "empty"}}, None, "empty", True),
-        ({"custom_id": "a-0", "error": {"code": "INPUT_TOKEN_LIMIT_EXCEEDED", "message": "long"}}, None, "long", False),
-        ({"custom_id": "a-0", "error": {"code": "INTERNAL_ERROR", "message": "oops"}}, None, "oops", False),
-        ({"custom_id": "a-0", "error": "all in one"}, None, "all in one", False),
+        (answered([1.0, 2.0]), [1, 2], ""),
+        (answered(BASE64), [1, 2], ""),
+        (answered([1.0]), None, "1 dimensions instead of 2"),
+        (answered("!"), None, "not what Jina's API promises"),
+        (answered([1e300, 1.0]), [float("inf"), 1], ""),
+        ({"custom_id": "a-0"}, None, "neither a vector nor an error"),
+        ({"custom_id": "a-0", "response": {"body": {"data": []}}}, None, "0 vectors for a text"),
+        ({"custom_id": "a-0", "error": {"code": "422", "message": "bad text"}}, None, "bad text"),
+        ({"custom_id": "a-0", "error": {"code": "INPUT_EMPTY", "message": "empty"}}, None, "empty"),
+        ({"custom_id": "a-0", "error": {"code": "INPUT_TOKEN_LIMIT_EXCEEDED", "message": "long"}}, None, "long"),
+        ({"custom_id": "a-0", "error": {"code": "INTERNAL_ERROR", "message": "oops"}}, None, "oops"),
+        ({"custom_id": "a-0", "error": "all in one"}, None, "all in one"),
         (
             {"custom_id": "a-0", "response": {"status_code": 400, "body": {"error": {"message": "bad"}}}},
-            None, "bad", True,
+            None, "bad",
         ),
         (
             {"custom_id": "a-0", "response": {"status_code": 503, "body": {"detail": "later"}}},
-            None, "later", False,
+            None, "later",
         ),
     ],
 )  # fmt: skip
-async def test_a_line_is_a_vector_or_says_why_not(
-    line: dict[str, Any], vector: list[float] | None, said: str, rejected: bool
-) -> None:
+async def test_a_line_is_a_vector_or_says_why_not(line: dict[str, Any], vector: list[float] | None, said: str) -> None:
     async with endpoint(json.dumps(line).encode()) as (batches, asked):
         [read] = [each async for each in batches.output("batch_1")]
     assert asked[0][1] == "/v1/batch/batch_1/output"
     assert read.custom_id == "a-0"
     assert (None if read.vector is None else read.vector.tolist()) == vector
     assert said in read.error
-    assert read.rejected is rejected
 
 
 @pytest.mark.parametrize("rubbish", [b"<html>", b'{"custom_id": "a-0"', b"[]", b"null", b'{"custom_id": {}}'])

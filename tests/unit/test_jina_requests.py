@@ -103,6 +103,33 @@ async def test_what_is_billed_is_learned_but_not_from_texts_that_may_have_been_c
     assert jina.estimate_tokens(["seven of them"]) == [pytest.approx(7, abs=1)]
 
 
+async def test_where_a_tokenizer_counts_bills_teach_nothing(monkeypatch):
+    class Counter:
+        def count(self, texts):
+            return [3] * len(texts)
+
+        def checks_bills(self):
+            return False
+
+    jina = embedder(tokenizer=Counter())
+    content = {"data": [item(0, [1.0] * 1024)], "usage": {"total_tokens": 7}}
+
+    async def answer(*_, **__):
+        return Answer(200, {}, json.dumps(content).encode())
+
+    monkeypatch.setattr(jina._http, "post_json", answer)
+    await jina.embed(["seven of them"])
+    assert jina.estimator.bills == 0
+
+
+def test_where_long_texts_are_refused_the_spec_says_so():
+    jina = embedder()
+    refusing = jina.refusing_long()
+    assert refusing.request_body(["a"])["truncate"] is False
+    assert refusing.spec.options == {**jina.spec.options, "truncate": False}
+    assert jina.spec.options["truncate"] is True
+
+
 def test_rows_are_placed_by_index_whatever_their_order():
     content = {"data": [item(1, [3, 4]), item(0, [1, 2])], "usage": {"total_tokens": 9}}
     embedding = parse(content, rows=2, dimensions=2)

@@ -117,11 +117,12 @@ def test_only_a_text_without_latin_letters_and_digits_may_have_no_token(text: st
 
 
 def test_texts_of_different_words_with_one_row_make_the_answer_useless() -> None:
-    same = [{"fish": 1.0}] * 3
-    with pytest.raises(OutcomeUnknown, match="3 different texts got the same weights"):
-        embedder()._parsed(body(same), ["fish", "meat", "salt"])
-    for texts in (["Fish", "FISH", "fish!"], ["fish", "meat", "Fish"], ["word " * 600 + end for end in "abc"]):
-        assert len(embedder()._parsed(body(same), texts).vectors) == 3
+    same, long = [{"fish": 1.0}] * 3, ["word " * 600 + end for end in "abc"]
+    for texts, billed in ((["fish", "meat", "salt"], 9), (["words " * 150 + end for end in "abc"], 3 * 152)):
+        with pytest.raises(OutcomeUnknown, match="3 different texts got the same weights"):
+            embedder()._parsed(body(same, {"total_tokens": billed}), texts)
+    for texts, billed in ((["Fish", "FISH", "fish!"], 9), (["fish", "meat", "Fish"], 9), (long, 3 * 510)):
+        assert len(embedder()._parsed(body(same, {"total_tokens": billed}), texts).vectors) == 3
 
 
 def test_rows_of_one_length_stay_rows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,13 @@ async def test_one_vector_that_may_be_theirs_is_believed_the_second_time(spec: E
     answer = await asked.ask(texts)
     assert np.array_equal(answer.vectors, broadcast(texts, hash_vectors(texts, 3)))
     assert asked.embedder.requests == [texts, [CANARY]] * 2
+
+
+async def test_one_vector_is_not_believed_for_long_texts_in_requests_that_cut_nothing() -> None:
+    asked = Asked(API, broadcast)
+    refusing = TestedEmbedder(change=broadcast, spec=replace(API, options={"truncate": False}))
+    with pytest.raises(JobFatalError, match="3 different texts got one and the same vector"):
+        await asked.requester.ask(CUT, est_tokens=10, on_waste=asked.wasted.append, embedder=refusing)
 
 
 @pytest.mark.parametrize("on_trial", [False, True])

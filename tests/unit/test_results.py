@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from embedmill.dataset.layout import CANCELLED, DELETED, EMBEDDED, FAILED, OWED, Failure
 from worker.results import Increment, ShardResults, merge
+from worker.windows import WindowPlan
 
 
 def increment(*rows: int, value: float = 1.0, failures: tuple[int, ...] = (), tokens: int = 0) -> Increment:
@@ -85,3 +89,51 @@ def test_merged_increments_say_what_each_of_them_said(parts: list[list[int]]) ->
     assert one_by_one.statuses.tolist() == at_once.statuses.tolist()
     assert one_by_one.truncated == at_once.truncated
     assert one_by_one.owed() == [row for row in range(10) if one_by_one.statuses[row] == OWED]
+
+
+def together(*windows: tuple[int, ...], value: float = 1.0) -> Increment:
+    rows = np.array([row for window in windows for row in window], np.int32)
+    return Increment(rows, np.full((len(rows), 2), value, np.float32), windows=windows)
+
+
+def test_rows_that_were_embedded_together_stay_with_the_largest_window_whoever_comes_first() -> None:
+    results = ShardResults(6, 2)
+    results.add(together((0, 1), (3,), value=1))
+    assert results.add(together((1, 2), (3,), (4, 5), value=2)) == 2, "torn, known, new"
+    assert results.windows == [(0, 1), (3,), (4, 5)]
+    assert results.add(together((0, 1, 2), value=3)) == 3
+    assert results.windows == [(3,), (4, 5), (0, 1, 2)]
+    assert results.vectors[:, 0].tolist() == [3, 3, 3, 1, 2, 2]
+    results.owe_again([1, 4])
+    assert results.windows == [(3,)]
+    assert results.owed() == [0, 1, 2, 4, 5]
+
+
+class OneToken:
+    """A tokenizer to which every text is a token."""
+
+    window_tokens = 2
+
+    def planned_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [1] * len(texts)
+
+
+def test_windows_are_taken_and_owed_again_in_time_that_grows_with_their_rows() -> None:
+    rows = 8192
+    results, alone, whole = ShardResults(rows, 2), [(row,) for row in range(rows)], tuple(range(rows))
+    plan = WindowPlan([(row, row + 1) for row in range(0, rows, 2)], ["t"] * rows, OneToken(), max_inputs=2)
+    began_s = time.process_time()
+    for window in alone[::2]:
+        results.add(together(window))
+    plan.owe_whole(results, suspects=range(1, rows, 2))
+    assert results.add(together(*alone)) == rows / 2
+    assert results.add(together(*alone)) == 0
+    assert results.add(together(whole)) == rows
+    assert results.add(together(whole)) == 0
+    results.owe_again(range(0, rows, 2))
+    assert len(results.owed()) == rows
+    results.add(together(*alone))
+    for window in alone:
+        results.owe_again(window)
+    assert results.windows == []
+    assert time.process_time() - began_s < 6, "many times as long where each window looks at all others"

@@ -16,16 +16,17 @@ import pytest
 from embedmill.connection import FAKE_URL, Connection
 from embedmill.dataset.dataset import Dataset, now_iso
 from embedmill.dataset.layout import Job
+from embedmill.dataset.local_store import LocalStore
 from embedmill.dataset.spending import SpendLogs, spent_recently
-from embedmill.dataset.store import LocalStore
 from embedmill.dataset.submissions import Submissions
 from embedmill.dataset.summary import summarize
-from embedmill.errors import CorruptStore, StorageError
+from embedmill.errors import CapReached, CorruptStore, StorageError
 from embedmill.rehearsal import pretend_tokens
 from embedmill.token_bounds import most_tokens
 from scheduler.budget import Grant, Unlimited
 from scheduler.caps import UNCAPPED, Cap, Hold, JobCap
 from tests.datasets import admit_texts, small_dataset
+from worker.cancelling import cancel_shard
 from worker.embedders.null import NullEmbedder
 from worker.embedding import ShardEmbedding, Tools
 from worker.requesting import Requester, WorkerCounts
@@ -91,15 +92,38 @@ def test_a_line_that_is_none_is_passed_over(dataset: Dataset, rubbish: object) -
 def test_a_line_with_an_impossible_field_is_passed_over(dataset: Dataset, damage: dict[str, object]) -> None:
     write_log(dataset, "a", line(tokens=1), line(**damage), line(tokens=2))
     assert SpendLogs(dataset).charged("main") == 3
-    assert [tokens for _, tokens in spent_recently(dataset, key_id="k")] == [1, 2]
+    assert [tokens for _, tokens in spent_recently(dataset)["k"]] == [1, 2]
     assert summarize(dataset).billed_tokens == 3
 
 
 def test_a_minute_ago_is_not_recently(dataset: Dataset) -> None:
     long_ago = (datetime.now(tz=UTC) - timedelta(seconds=61)).isoformat()
     write_log(dataset, "a", line(at=long_ago, tokens=50), line(tokens=4, unknown_tokens=2), line(key="j"))
-    [(age_s, tokens)] = spent_recently(dataset, key_id="k")
+    found = spent_recently(dataset)
+    [(age_s, tokens)] = found["k"]
     assert (0 <= age_s < 30, tokens) == (True, 6)
+    assert list(found) == ["k", "j"]
+
+
+def test_of_long_logs_the_end_is_read_as_far_back_as_the_last_minute_goes(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_ago = (datetime.now(tz=UTC) - timedelta(hours=1)).isoformat()
+    write_log(dataset, "old", *[line(at=long_ago)] * 10_000)
+    write_log(dataset, "both", *[line(at=long_ago)] * 10_000, *[line(tokens=number) for number in range(300)])
+    read_end = 0
+    read = LocalStore.read_end
+
+    def counted(store: LocalStore, key: str, size: int) -> bytes:
+        nonlocal read_end
+        data = read(store, key, size)
+        read_end += len(data)
+        return data
+
+    monkeypatch.setattr(LocalStore, "read_end", counted)
+    whole = sum(path.stat().st_size for path in Path(dataset.url, "spend").iterdir())
+    assert [tokens for _, tokens in spent_recently(dataset)["k"]] == [*range(300)]
+    assert read_end < whole / 5
 
 
 async def test_every_request_that_cost_something_is_logged_before_it_is_settled(dataset: Dataset) -> None:
@@ -230,6 +254,29 @@ async def test_room_for_batch_after_batch_reads_markers_once_and_each_bill_once(
         submissions.end(intent, "done", tokens=7)
     assert (await cap.room()).charged == 35
     assert reads == {"committed": 1, "read_from": 5}
+
+
+async def test_a_batch_of_a_shard_that_was_given_up_counts_until_it_has_ended(cap: JobCap, dataset: Dataset) -> None:
+    admit_texts(dataset, 0, ["a"])
+    submissions = Submissions(dataset)
+    intent = submissions.intend(
+        0, [0], number=1, model="m", tokens=9, key="k", api_base="", worker="w", before=[], most_tokens=5000
+    )
+    submissions.accept(intent, "b", by="answer")
+    room = await cap.room()
+    assert (room.charged, room.batches, room.abandoned) == (0, 5000, 0)
+    cancel_shard(dataset, 0, who="w")
+    room = await cap.room()
+    assert (room.charged, room.batches, room.abandoned) == (5000, 0, 5000)
+    dataset.change_job("main", lambda job: replace(job, caps={"max_tokens": 5004}))
+    assert (await cap.room()).limit == 5004
+    with pytest.raises(CapReached, match=r"5,000 of them is .*given up can cost: `embedmill cancel`"):
+        async with cap.reserve(["a" * 9], est_tokens=8):
+            """Nobody fetches it, so there is nothing to wait for."""
+    submissions.spend(intent, "b", job="main", tokens=3)
+    submissions.end(intent, "cancelled", tokens=3)
+    room = await cap.room()
+    assert (room.charged, room.batches, room.abandoned) == (3, 0, 0)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: Counter[str]) -> None:

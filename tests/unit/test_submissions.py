@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.submissions import Intent, Submissions
 from embedmill.errors import CorruptStore, ObjectExists
-from tests.datasets import small_dataset
+from tests.datasets import admit_texts, small_dataset
+from worker.cancelling import cancel_shard
 
 
 @pytest.fixture
 def submissions(tmp_path: Path) -> Submissions:
-    return Submissions(small_dataset(tmp_path / "dataset"))
+    dataset = small_dataset(tmp_path / "dataset")
+    for shard in range(4):
+        admit_texts(dataset, shard, ["a"])
+    return Submissions(dataset)
 
 
 def intend(submissions: Submissions, shard: int = 0, rows: tuple[int, ...] = (0, 1, 2)) -> Intent:
@@ -56,7 +61,7 @@ def test_what_is_written_is_what_is_read(submissions: Submissions) -> None:
     assert held.held is not None
     assert (held.held.candidates, held.state) == (("batch_2", "batch_3"), "held")
     assert submissions.batch_ids() == {"batch_1"}
-    assert submissions.count_open([0, 1, 2, 3]) == 1
+    assert len(submissions.open_places()) == 1
     assert (submissions.has(0), submissions.has(1)) == (True, False)
 
 
@@ -86,7 +91,7 @@ def test_two_who_decide_at_once_are_told_apart(submissions: Submissions, monkeyp
 def test_what_is_withdrawn_was_never_meant(submissions: Submissions) -> None:
     submissions.withdraw(intend(submissions))
     assert submissions.of_shard(0) == []
-    assert submissions.count_open([0, 1, 2, 3]) == 0
+    assert submissions.open_places() == []
     assert intend(submissions).number == 1
 
 
@@ -120,4 +125,23 @@ def test_other_names_are_passed_over(submissions: Submissions, tmp_path: Path) -
     folder = tmp_path / "dataset" / "submissions"
     for name in ("notes.txt", "00000000-0001.intent.json.bak", "0-1.end.json"):
         (folder / name).write_text("x")
-    assert submissions.count_open([0, 1, 2, 3]) == 1
+    assert len(submissions.open_places()) == 1
+
+
+def test_open_ones_are_told_apart_without_reading_them(submissions: Submissions, tmp_path: Path) -> None:
+    ended, accepted, held, committed = (intend(submissions, shard) for shard in range(4))
+    submissions.accept(accepted, "batch_1", by="answer")
+    submissions.hold(held, "unclear")
+    submissions.end(ended, "never")
+    for path in (tmp_path / "dataset" / "submissions").iterdir():
+        path.write_text("")
+    assert [(one.shard, one.job, one.accepted, one.held) for one in sorted(submissions.open_places(), key=str)] == [
+        (1, "main", True, False),
+        (2, "main", False, True),
+        (3, "main", False, False),
+    ]
+    cancel_shard(Dataset.open(str(tmp_path / "dataset")), committed.shard, who="w")
+    assert sorted(one.shard for one in submissions.open_of("main")) == [1, 2]
+    assert submissions.open_of("other") == []
+    submissions.unhold(held)
+    assert not any(one.held for one in submissions.open_places())

@@ -11,7 +11,7 @@ from pydoc_data import topics
 import numpy as np
 import pytest
 
-from embedmill.dataset.store import LocalStore
+from embedmill.dataset.local_store import LocalStore
 from embedmill.errors import CorruptStore
 from embedmill.token_estimates import TokenEstimator, features, read_estimates, write_estimates
 

@@ -169,6 +169,7 @@ class JinaEmbedder:
         """See `RefusesLong`: for requests of jobs in which nothing is cut."""
         other = copy.copy(self)
         other._truncate = False
+        other.spec = replace(self.spec, options={**self.spec.options, "truncate": False})
         return other
 
     async def embed(self, texts: Sequence[str], *, role: Role = "document") -> Embedding:
@@ -228,6 +229,11 @@ class JinaEmbedder:
     async def aclose(self) -> None:
         await self._http.aclose()
 
+    def cuts(self, role: Role) -> bool:
+        """Whether longer texts are cut in a request of this role."""
+        together = self._late_chunking and role == "document"
+        return not together if self._truncate is None else self._truncate
+
     def request_body(self, texts: Sequence[str], *, role: Role = "document") -> dict[str, object]:
         """Only the fields that this model's schema declares."""
         late_chunking = self._late_chunking and role == "document"
@@ -235,7 +241,7 @@ class JinaEmbedder:
             "task": self._tasks[role],
             "dimensions": self._dimensions,
             "late_chunking": late_chunking,
-            "truncate": not late_chunking if self._truncate is None else self._truncate,
+            "truncate": self.cuts(role),
             "normalized": self._normalized,
             "embedding_type": self._embedding_type,
         }
@@ -247,7 +253,7 @@ class JinaEmbedder:
         options: dict[str, str | int | bool | None] = {
             "task": task,
             "late_chunking": self._late_chunking,
-            "truncate": not self._late_chunking if self._truncate is None else self._truncate,
+            "truncate": self.cuts("document"),
         }
         if self._normalized is False:
             options["normalized"] = False
@@ -257,6 +263,8 @@ class JinaEmbedder:
 
     def _learn(self, texts: Sequence[str], billed_tokens: int) -> None:
         """From every bill at first; later every eighth teaches enough, and counting characters costs time."""
+        if self._tokenizer is not None:
+            return
         estimator = self.estimator
         self._answers += 1
         if estimator.bills >= _EVERY_BILL_UPTO and self._answers % _LATER_EVERY:

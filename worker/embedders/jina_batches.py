@@ -94,7 +94,8 @@ class JinaBatches:
         content = answer.content
         if not isinstance(content, list):
             raise OutcomeUnknown("Jina's list of batches is not a list")
-        return [_parsed(one) for one in content], len(content) < _LISTED_AT_LEAST
+        listed = list(filter(None, map(_listed, content)))
+        return listed, len(listed) == len(content) < _LISTED_AT_LEAST
 
     async def output(self, batch_id: str) -> AsyncGenerator[BatchLine, None]:
         async with aclosing(self._lines(f"batch/{_checked(batch_id)}/output")) as lines:
@@ -136,9 +137,9 @@ class JinaBatches:
                 return BatchLine(custom_id, self._vector(bytes(answered.body)))
             except (msgspec.MsgspecError, ValueError, OverflowError) as error:
                 return BatchLine(custom_id, None, f"the vector is not what Jina's API promises: {error}")
-        status = answered.status_code if answered is not None else 0
-        code, message = _complaint(line.error, bytes(answered.body) if answered is not None else b"null")
-        return BatchLine(custom_id, None, message, rejected=_concerns_the_text(code, status))
+        return BatchLine(
+            custom_id, None, _complaint(line.error, bytes(answered.body) if answered is not None else b"null")
+        )
 
     def _vector(self, body: bytes) -> NDArray[np.float32]:
         data = _BODIES.decode(body).data
@@ -207,6 +208,19 @@ def _parsed(content: object) -> BatchStatus:
     raise OutcomeUnknown(f"Jina's answer about a batch is not what its API promises: {str(content)[:200]!r}")
 
 
+def _listed(content: object) -> BatchStatus | None:
+    """An entry of the list. One that says nothing else of use is a batch that may be anything; None for what has no id."""
+    try:
+        return _parsed(content)
+    except OutcomeUnknown:
+        match content:
+            case {"batch_id": str(batch_id)} if _BATCH_ID.fullmatch(batch_id):
+                return BatchStatus(
+                    batch_id, "pending", "", total=None, completed=0, failed=0, tokens=0, has_errors=False, error=""
+                )
+    return None
+
+
 def _may_have_begun(status: int) -> bool:
     """Whether a batch may have come of a submission that was answered so."""
     return status < 400 or status == _REQUEST_TIMEOUT or (status >= 500 and status != _REFUSED_BEFORE)
@@ -224,8 +238,8 @@ def _checked(batch_id: str) -> str:
     return batch_id
 
 
-def _complaint(error: object, body: bytes) -> tuple[str, str]:
-    """Code and sentence of a line without a vector."""
+def _complaint(error: object, body: bytes) -> str:
+    """The sentence of a line without a vector."""
     found = error
     if found is None:
         try:
@@ -237,15 +251,7 @@ def _complaint(error: object, body: bytes) -> tuple[str, str]:
             found = inner
     match found:
         case dict():
-            message = found.get("message") or found.get("detail") or found
-            return str(found.get("code") or ""), str(message)[:500]
+            found = found.get("message") or found.get("detail") or found
         case None:
-            return "", "the line has neither a vector nor an error"
-    return "", str(found)[:500]
-
-
-def _concerns_the_text(code: str, status: int) -> bool:
-    """A text over the model's limit is left to the ordinary requests: whether it is cut is the job's to say."""
-    if code == "INPUT_TOKEN_LIMIT_EXCEEDED":
-        return False
-    return code.startswith("INPUT_") or code in ("400", "422") or status in (400, 422)
+            return "the line has neither a vector nor an error"
+    return str(found)[:500]

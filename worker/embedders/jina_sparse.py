@@ -20,8 +20,11 @@ from embedmill.errors import OutcomeUnknown
 from embedmill.models import find_sparse_model
 from embedmill.sparse import sparse_row
 
+from ..gate import may_all_be_cut
 from .jina import JinaEmbedder
 
+# Whether the marks around a text are billed is not described.
+_CUT_BILL_SHARE = 0.9
 _WORD = re.compile(r"[a-z0-9]+")
 
 
@@ -38,8 +41,10 @@ class JinaSparseEmbedder(JinaEmbedder):
     def _parsed(self, body: bytes, texts: Sequence[str]) -> Embedding:
         weights, billed = parse_weights(body, rows=len(texts))
         rows = [_checked(one, text, row=row) for row, (one, text) in enumerate(zip(weights, texts, strict=True))]
-        # Texts that were all cut may differ only behind the cut.
-        if min(map(len, texts)) < self.spec.max_input_tokens and all(np.array_equal(row, rows[0]) for row in rows):
+        # Texts that were all cut may differ only behind the cut, and each of them was billed up to it.
+        cut_bill = _CUT_BILL_SHARE * self.spec.max_input_tokens * len(texts)
+        all_cut = billed >= cut_bill and may_all_be_cut(texts, self.spec)
+        if not all_cut and all(np.array_equal(row, rows[0]) for row in rows):
             # The model knows no capitals, and little but words.
             different = len({frozenset(_WORD.findall(text.lower())) for text in texts})
             if different > 2:
