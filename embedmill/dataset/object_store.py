@@ -26,8 +26,8 @@ import obstore
 from obstore import exceptions as obstore_errors
 
 from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExists, StorageError
+from ..object_reader import TAIL_BYTES, ObjectReader
 from ..objects import ObjectUrl, advise, explain, first_cause, is_bucket_missing, open_objects, s3_endpoint
-from .object_reader import TAIL_BYTES, ObjectReader
 
 if TYPE_CHECKING:
     from obstore import GetResult, PutMode, UpdateVersion

@@ -288,12 +288,14 @@ def erase_shard(dataset: Dataset, shard: int) -> None:
     store, key = dataset.store, layout.documents_key(shard)
     store.delete(layout.vectors_key(shard))
     store.delete_folder(layout.vectors_key(shard).rpartition("/")[0])
+    failpoint("compaction.after_vectors_deleted")
     data = store.read(key)
     _, origin = decode_passages(data, name=f"{dataset.url}/{key}", columns=["version"])
     if not origin.erased:
         empty = replace(origin, retries={}, erased=True)
         with suppress(ObjectChanged):
             store.swap(key, encode_passages(passages_table([], origin=empty)), expected=data)
+    failpoint("compaction.after_rows_deleted")
     folder = layout.checkpoints_folder(shard)
     for name in store.names(folder):
         store.delete(f"{folder}/{name}")

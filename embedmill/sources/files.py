@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ConfigurationError
+from ..object_reader import ObjectReader
 from ..objects import ObjectUrl, explained
 from .fields import printable
 
@@ -67,48 +68,11 @@ class ObjectFile:
         self._url = url
 
     def open(self) -> io.BufferedReader:
-        raw = _ObjectBytes(self._store, self._meta, url=self._url)
+        raw = ObjectReader(self._meta["size"], b"", get=self._get)
         return io.BufferedReader(raw, RANGE_BYTES)
 
-
-def stamp_object(meta: ObjectMeta, *, url: ObjectUrl) -> tuple[object, ...]:
-    """What names this content: the store's own tag, or where it has none, the time of change."""
-    return (url.root, meta["path"], meta["size"], meta["e_tag"] or meta["last_modified"].isoformat())
-
-
-class _ObjectBytes(io.RawIOBase):
-    """An object read by ranges, all of one version of it. Raises what `explained` raises."""
-
-    def __init__(self, store: ObjectStore, meta: ObjectMeta, *, url: ObjectUrl) -> None:
-        self._store = store
-        self._meta = meta
-        self._url = url
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._meta["size"]}[whence]
-        self._position = max(0, origin + offset)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        end = min(self._position + len(buffer), self._meta["size"])
-        if end <= self._position:
-            return 0
-        data = self._get(self._position, end)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
     def _get(self, start: int, end: int) -> memoryview:
+        """All of one version. Raises what `explained` raises."""
         with explained(self._url):
             import obstore
 
@@ -118,3 +82,8 @@ class _ObjectBytes(io.RawIOBase):
                 options["if_match"] = tag
             found = obstore.get(self._store, self._meta["path"], options=options)
             return memoryview(found.bytes())
+
+
+def stamp_object(meta: ObjectMeta, *, url: ObjectUrl) -> tuple[object, ...]:
+    """What names this content: the store's own tag, or where it has none, the time of change."""
+    return (url.root, meta["path"], meta["size"], meta["e_tag"] or meta["last_modified"].isoformat())

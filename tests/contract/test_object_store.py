@@ -23,7 +23,7 @@ pytest.importorskip("obstore")
 pytest.importorskip("moto.server")
 
 from embedmill.dataset import object_store
-from embedmill.dataset.object_reader import TAIL_BYTES
+from embedmill.object_reader import TAIL_BYTES
 from tests.datasets import admit_texts
 from tests.object_server import Fault, ObjectServer
 

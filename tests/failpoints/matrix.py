@@ -24,6 +24,7 @@ from tests.invariants import check_dataset
 from worker.embedders.null import NullEmbedder
 
 from .batch_provider import submitted
+from .compactor_case import run_compactor_case
 from .loader_case import run_loader_case
 from .parts import DIMENSIONS, INBOX, LEASE_S, PRODUCED, PUSHED, Place
 from .points import Action, Ended, Outcome, Point
@@ -42,6 +43,8 @@ async def run_case(point: Point, action: Action, *, redis: str, folder: Path) ->
     try:
         if point.part == "loader":
             return await run_loader_case(place, processes, action)
+        if point.part == "compactor":
+            return await run_compactor_case(place, processes, action)
         return await _QueueCase(point, place, processes).run()
     finally:
         processes.kill_all()

@@ -25,6 +25,8 @@ _PARTS = {
     "loader": "It has loaded two shards, and is hit at the third, which has new documents, an update and two deletions. "
     "While it is down or stands still, a shard is committed that overrules some of them; and while it stands still, a "
     "second loader must be refused.",
+    "compactor": "`embedmill compact` on shards with updates, deletions and failures. While it is down or stands still, "
+    "shards are committed that overrule some of their rows; and while it stands still, a second one must be refused.",
 }
 
 

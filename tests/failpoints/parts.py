@@ -8,16 +8,19 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 import numpy as np
 import pyarrow as pa
+from anyio import to_thread
 
 import loader.target
 from embedmill import failpoints
 from embedmill.connection import Connection
+from embedmill.dataset.compaction import compact
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.local_store import LocalStore
 from embedmill.documents import Cursor, SourceDocument, hash16
@@ -207,7 +210,12 @@ async def _reader(place: Place, _: Connection) -> None:
     place.rows.write_text(json.dumps(rows))
 
 
+async def _compactor(place: Place, _: Connection) -> None:
+    await to_thread.run_sync(partial(compact, Dataset.open(str(place.dataset)), grace_s=0))
+
+
 PARTS = {
+    "compactor": _compactor,
     "worker": _worker,
     "batch worker": _batch_worker,
     "scheduler": _scheduler,

@@ -90,4 +90,11 @@ POINTS = [
     Point("loader", "loader.after_delete", "its deletions are sent", "Milvus has flushed them", at=3),
     Point("loader", "loader.after_flush", "Milvus has flushed everything", "the result is noted", at=2),
     Point("loader", "loader.after_result", "the result is noted", "the intent is removed", at=3),
+    Point("compactor", "compaction.after_documents", "a replacement is in the log", "its vectors are stored"),
+    Point("compactor", "compaction.after_vectors", "its vectors are stored", "its marker is written"),
+    Point("compactor", "compaction.after_marker", "its marker is written", "all replacements are there"),
+    Point("compactor", "compaction.before_switch", "all replacements are there", "they count"),
+    Point("compactor", "compaction.after_switch", "they count", "what they replace is deleted"),
+    Point("compactor", "compaction.after_vectors_deleted", "old vectors are deleted", "their rows are", at=2),
+    Point("compactor", "compaction.after_rows_deleted", "old rows are deleted", "their marker is", at=2),
 ]

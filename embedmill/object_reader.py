@@ -14,7 +14,7 @@ TAIL_BYTES = 64 * 1024
 class ObjectReader(io.RawIOBase):
     """size: of the object, whose last bytes are `tail`; get: the bytes from one place to before another."""
 
-    def __init__(self, size: int, tail: bytes, *, get: Callable[[int, int], bytes]) -> None:
+    def __init__(self, size: int, tail: bytes, *, get: Callable[[int, int], bytes | memoryview]) -> None:
         self._size = size
         self._tail = tail
         self._get = get
