@@ -98,9 +98,12 @@ class LogView:
             marker = self._dataset.marker(shard)
             if marker is None or not (marker.statuses == CANCELLED).any():
                 continue
-            table, origin = self._dataset.documents(shard, columns=["id"])
-            if not any(source.push_key.partition(".")[0] == push_key for source in origin.sources):
+            # Where the rows of a replacement came from stands in what it replaces.
+            origins = map(self._dataset.origin, self._dataset.lineage(shard))
+            sources = [source for origin in origins for source in origin.sources]
+            if not any(source.push_key.partition(".")[0] == push_key for source in sources):
                 continue
+            table, _ = self._dataset.documents(shard, columns=["id"])
             ids = [str(id_) for id_ in table["id"].to_pylist()]
             given_up = {ids[row]: int(row) for row in np.flatnonzero(marker.statuses == CANCELLED)}
             newest = self._index.newest(list(given_up))

@@ -84,6 +84,15 @@ def final_set(url: str | Path) -> FinalSet:
     return found
 
 
+def newest(url: str | Path) -> dict[str, tuple[int, str | None, bytes]]:
+    """What a reader by the rules sees: the deciding version of each id that is not deleted."""
+    best: dict[str, tuple[int, str | None, str, bytes]] = {}
+    for (id_, version), row in final_set(url).items():
+        if row.status in ("embedded", "deleted") and version > best.get(id_, (0,))[0]:
+            best[id_] = (version, row.text, row.status, row.vector)
+    return {id_: (v, text, vector) for id_, (v, text, status, vector) in best.items() if status == "embedded"}
+
+
 def assert_same_set(ours: FinalSet, expected: FinalSet) -> None:
     """Ids, versions, texts and statuses exactly, vectors bit for bit."""
     missing, extra = expected.keys() - ours.keys(), ours.keys() - expected.keys()

@@ -165,7 +165,13 @@ def _compact_some(dataset: Dataset, index: DatasetIndex, shards: Sequence[int], 
 
 
 def _rewrite(dataset: Dataset, index: DatasetIndex, shards: Sequence[int]) -> Rewritten | None:
-    committed = frozenset(dataset.committed())
+    while True:
+        switches = len(dataset.retirements())
+        committed = frozenset(dataset.committed())
+        dataset.catch_up(index)
+        if switches == index.retirements == len(dataset.retirements()):
+            # Which shards count and where rows are, after the same switches.
+            break
     retried = retried_places(dataset)
     leaving = {*shards, *dataset.retired()}
     drops_deleted = _is_loaded_everywhere(dataset, shards)

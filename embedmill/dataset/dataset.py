@@ -23,7 +23,15 @@ from .index import INDEXED_COLUMNS, DatasetIndex
 from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
 from .local_folder import local_folder
 from .local_store import LocalStore
-from .passages import Passage, ShardOrigin, decode_passages, encode_passages, passages_table, read_footer
+from .passages import (
+    Passage,
+    PassagesFooter,
+    ShardOrigin,
+    decode_passages,
+    encode_passages,
+    passages_table,
+    read_footer,
+)
 from .rowless import decode_rowless, encode_rowless
 from .shard import DecodedShard, EncodedShard, crc32c, decode_shard, encode_shard
 from .store import Store, open_store
@@ -58,7 +66,8 @@ class Dataset:
         self._markers: dict[int, Marker] = {}
         self._admissions: dict[int, Admission] = {}
         self._put_aside: dict[str, frozenset[int]] = {}
-        self._retirements: dict[str, Retirement] = {}
+        self._retirements: dict[int, Retirement] = {}
+        self._switches: tuple[int, frozenset[int], frozenset[int]] = 0, frozenset(), frozenset()
 
     @classmethod
     def open(cls, url: str) -> Dataset:
@@ -162,14 +171,21 @@ class Dataset:
 
     def origin(self, shard: int) -> ShardOrigin:
         """Where the rows of a shard came from."""
-        return self.documents(shard, columns=["version"])[1]
+        return self._footer(shard).origin
+
+    def lineage(self, shard: int) -> set[int]:
+        """A shard, and all that it was written to replace, and what those replaced."""
+        found: set[int] = set()
+        left = [shard]
+        while left:
+            found.add(one := left.pop())
+            left += set(self.admission(one).replaces) - found
+        return found
 
     def admission(self, shard: int) -> Admission:
         """The job of a shard and its size, without reading its rows. Shards of the log never change, so it is read once."""
         if shard not in self._admissions:
-            key = layout.documents_key(shard)
-            with self.store.open(key) as source:
-                footer = read_footer(source, name=self._name(key))
+            footer = self._footer(shard)
             self._admissions[shard] = Admission(
                 footer.origin.job,
                 footer.rows,
@@ -198,27 +214,25 @@ class Dataset:
     def committed(self) -> list[int]:
         """Numbers of the live committed shards, in order."""
         while True:
-            retirements = self.retirements()
+            retired, placed = self._switched()
             markers = sorted(self.stored_markers())
             # A switch in between would show neither side of it.
-            if len(self.retirements()) == len(retirements):
+            if self._switched() == (retired, placed):
                 break
-        retired, placed = self._switched()
         live = [shard for shard in markers if shard not in retired]
         self._read_markers(live)
         return [shard for shard in live if shard in placed or not self._require_marker(shard).replaces]
 
     def retirements(self) -> list[Retirement]:
         """What was retired so far, in order. Each object is read once: they never change."""
-        for name in self.store.names(layout.RETIREMENTS_FOLDER):
-            if name not in self._retirements:
-                key = f"{layout.RETIREMENTS_FOLDER}/{name}"
-                self._retirements[name] = Retirement.from_bytes(self.store.read(key), name=self._name(key))
-        return [self._retirements[name] for name in sorted(self._retirements)]
+        known = self._retirements
+        while (data := self.store.read_or_none(key := layout.retirement_key(number := len(known)))) is not None:
+            known[number] = Retirement.from_bytes(data, name=self._name(key))
+        return [known[number] for number in range(len(known))]
 
     def retired(self) -> frozenset[int]:
         """Shards that do not count any more, whatever is still stored of them."""
-        return frozenset(self._switched()[0])
+        return self._switched()[0]
 
     def retire(self, retirement: Retirement) -> bool:
         """Switch from the retired shards to their replacements, at once for everybody; False, and nothing has changed, when
@@ -242,9 +256,10 @@ class Dataset:
         orphans = markers.difference(admitted)
         if orphans:
             raise CorruptStore(f"{self._name(layout.documents_key(min(orphans)))} is missing, and its marker is there")
-        retired, _ = self._switched()
+        retired, placed = self._switched()
         left = [shard for shard in admitted if shard not in markers and shard not in retired]
-        return [shard for shard in left if not self.admission(shard).replaces]
+        # One that was put in place and then put aside is owed like any other.
+        return [shard for shard in left if shard in placed or not self.admission(shard).replaces]
 
     def create_vectors(self, shard: int, vectors: NDArray[np.floating]) -> StoredObject:
         """Store a shard's vectors, (n, dimensions), NaN where a row has none. Raises ObjectExists."""
@@ -377,6 +392,11 @@ class Dataset:
                 self.store.swap(key, data, expected=current)
                 return changed
 
+    def _footer(self, shard: int) -> PassagesFooter:
+        key = layout.documents_key(shard)
+        with self.store.open(key) as source:
+            return read_footer(source, name=self._name(key))
+
     def _end_of_committed(self) -> int:
         markers = sorted(self.stored_markers())
         if not markers:
@@ -398,13 +418,15 @@ class Dataset:
             raise CorruptStore(f"{self._name(layout.commit_key(shard))} is missing")
         return marker
 
-    def _switched(self) -> tuple[set[int], set[int]]:
+    def _switched(self) -> tuple[frozenset[int], frozenset[int]]:
         """Shards that were retired, and shards that were put in their place."""
-        retired: set[int] = set()
-        placed: set[int] = set()
-        for retirement in self.retirements():
-            retired.update(retirement.retired)
-            placed.update(retirement.replacements)
+        retirements = self.retirements()
+        count, retired, placed = self._switches
+        if count < len(retirements):
+            fresh = retirements[count:]
+            retired = retired.union(*(one.retired for one in fresh))
+            placed = placed.union(*(one.replacements for one in fresh))
+            self._switches = len(retirements), retired, placed
         return retired, placed
 
     def _absorb_retirement(self, index: DatasetIndex, number: int, retirement: Retirement) -> None:

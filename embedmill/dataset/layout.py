@@ -225,7 +225,8 @@ class Marker:
 
     statuses: (rows,) uint8, positions in STATUSES. billed_tokens: what all attempts together were billed, as far as known.
     retries: row -> (shard, row) of the failure that it tries again; that one does not count any more. windows: of the
-    documents that late chunking could not embed whole.
+    documents that late chunking could not embed whole. replaced: by shard that this one replaces, the crc32c of its marker,
+    as far as they were read when this one was written.
     """
 
     shard: int
@@ -242,6 +243,7 @@ class Marker:
     objects: Mapping[str, StoredObject] = field(default_factory=dict)
     retries: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     windows: tuple[Window, ...] = ()
+    replaced: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -260,6 +262,7 @@ class Marker:
                 "failures": [failure.as_dict() for failure in self.failures],
                 "truncated": list(self.truncated),
                 "replaces": list(self.replaces),
+                "replaced": {str(shard): crc32c for shard, crc32c in sorted(self.replaced.items())},
                 "retries": [[row, *place] for row, place in sorted(self.retries.items())],
                 "windows": [[window.first_row, window.rows] for window in self.windows],
                 "billed_tokens": self.billed_tokens,
@@ -292,6 +295,7 @@ class Marker:
                 retries={row: (shard, old_row) for row, shard, old_row in record.get("retries", [])},
                 objects={key: StoredObject(**known(StoredObject, value)) for key, value in record["objects"].items()},
                 windows=tuple(Window(first_row, rows) for first_row, rows in record.get("windows", [])),
+                replaced={int(shard): str(crc32c) for shard, crc32c in record.get("replaced", {}).items()},
             )
             rows = record["rows"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:

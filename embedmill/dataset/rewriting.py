@@ -10,7 +10,7 @@ Dying anywhere before the switch leaves replacements that never count; after it,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -35,9 +35,10 @@ _WRITER = "compaction"
 
 @dataclass(frozen=True, slots=True)
 class CommittedShard:
-    """A committed shard, read and verified."""
+    """A committed shard, read and verified. marker_crc32c: of the marker as it is stored."""
 
     marker: Marker
+    marker_crc32c: str
     origin: ShardOrigin
     passages: tuple[Passage, ...]
     vectors: NDArray[np.floating]
@@ -55,25 +56,26 @@ class Rewritten:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """The rows (n,) of a shard that are kept; they become rows `first` to `first + n` of a replacement."""
+    """The rows (n,) of a shard that are kept, and nothing of the others; they become rows `first` to `first + n` of a
+    replacement. vectors: (n, dimensions)."""
 
-    shard: CommittedShard
+    marker: Marker
+    retries: Mapping[int, tuple[int, int]]
     rows: NDArray[np.int64]
+    passages: list[Passage]
+    vectors: NDArray[np.floating]
     first: int
 
     @property
     def number(self) -> int:
-        return self.shard.marker.shard
-
-    def passages(self) -> list[Passage]:
-        return [self.shard.passages[row] for row in self.rows]
+        return self.marker.shard
 
     def places(self) -> dict[int, int]:
         """Old row to new row."""
         return {int(row): self.first + at for at, row in enumerate(self.rows)}
 
     def windows(self) -> Iterator[Window]:
-        for window in self.shard.marker.windows:
+        for window in self.marker.windows:
             first, end = np.searchsorted(self.rows, (window.first_row, window.first_row + window.rows))
             if end > first:
                 yield Window(self.first + int(first), int(end - first))
@@ -90,7 +92,8 @@ def read_shard(dataset: Dataset, shard: int) -> CommittedShard:
     table, origin = decode_passages(data, name=name)
     if marker.objects.get(key) != describe(data) or table.num_rows != marker.rows:
         raise CorruptStore(f"{name} is not what was committed")
-    return CommittedShard(marker, origin, tuple(_passages(table)), dataset.vectors(shard))
+    crc32c = dataset.describe_object(layout.commit_key(shard)).crc32c
+    return CommittedShard(marker, crc32c, origin, tuple(_passages(table)), dataset.vectors(shard))
 
 
 class Rewriting:
@@ -103,6 +106,8 @@ class Rewriting:
         self._shards = tuple(shards)
         self._job = job
         self._reason = reason
+        self._leaving = {*shards, *dataset.retired()}
+        self._replaced: dict[int, str] = {}
         self._open: list[_Piece] = []
         self._rows = 0
         self._text_bytes = 0
@@ -119,6 +124,7 @@ class Rewriting:
         """
         self._billed_tokens += shard.marker.billed_tokens
         self._requests += shard.marker.requests
+        self._replaced[shard.marker.shard] = shard.marker_crc32c
         for row in map(int, np.flatnonzero(~keep)):
             self._dropped += self._counts_as_dropped((shard.marker.shard, row), shard.origin.retries.get(row), retried)
         rows = np.flatnonzero(keep)
@@ -128,7 +134,9 @@ class Rewriting:
         is_too_much = self._rows + len(rows) > self._dataset.info.shard_rows
         if self._open and (is_too_much or self._text_bytes + text_bytes > MAX_TEXT_BYTES):
             self._write()
-        self._open.append(_Piece(shard, rows, self._rows))
+        passages = [shard.passages[row] for row in rows]
+        # Indexing copies: the shard itself can go.
+        self._open.append(_Piece(shard.marker, shard.origin.retries, rows, passages, shard.vectors[rows], self._rows))
         self._rows += len(rows)
         self._text_bytes += text_bytes
 
@@ -167,7 +175,7 @@ class Rewriting:
         self, place: tuple[int, int], retry: tuple[int, int] | None, retried: Collection[tuple[int, int]]
     ) -> int:
         """0 where another row goes on standing for the same (id, version): who tries it again, or what was tried again."""
-        stands_elsewhere = retry is not None and retry[0] not in {*self._shards, *self._dataset.retired()}
+        stands_elsewhere = retry is not None and retry[0] not in self._leaving
         return int(place not in retried and not stands_elsewhere)
 
     def _write(self) -> None:
@@ -178,9 +186,9 @@ class Rewriting:
         failpoint("compaction.after_documents")
         key = layout.documents_key(shard)
         objects = {key: self._dataset.describe_object(key)}
-        statuses = np.concatenate([piece.shard.marker.statuses[piece.rows] for piece in pieces])
+        statuses = np.concatenate([piece.marker.statuses[piece.rows] for piece in pieces])
         if (statuses == EMBEDDED).any():
-            vectors = np.concatenate([piece.shard.vectors[piece.rows] for piece in pieces])
+            vectors = np.concatenate([piece.vectors for piece in pieces])
             objects[layout.vectors_key(shard)] = self._dataset.create_vectors(shard, vectors)
         failpoint("compaction.after_vectors")
         self._dataset.commit(
@@ -197,17 +205,18 @@ class Rewriting:
                     replace(failure, row=places[failure.row])
                     for piece in pieces
                     for places in [piece.places()]
-                    for failure in piece.shard.marker.failures
+                    for failure in piece.marker.failures
                     if failure.row in places
                 ),
                 truncated=tuple(
                     places[row]
                     for piece in pieces
                     for places in [piece.places()]
-                    for row in piece.shard.marker.truncated
+                    for row in piece.marker.truncated
                     if row in places
                 ),
                 replaces=self._shards,
+                replaced=dict(self._replaced),
                 objects=objects,
                 retries=origin.retries,
                 windows=tuple(window for piece in pieces for window in piece.windows()),
@@ -219,13 +228,10 @@ class Rewriting:
         self._written += len(statuses)
 
     def _append(self, pieces: Sequence[_Piece]) -> tuple[int, ShardOrigin]:
-        passages = [passage for piece in pieces for passage in piece.passages()]
+        passages = [passage for piece in pieces for passage in piece.passages]
         carried = {new: (piece.number, old) for piece in pieces for old, new in piece.places().items()}
         retries = {
-            new: piece.shard.origin.retries[old]
-            for piece in pieces
-            for old, new in piece.places().items()
-            if old in piece.shard.origin.retries
+            new: piece.retries[old] for piece in pieces for old, new in piece.places().items() if old in piece.retries
         }
         while True:
             shard = self._index.next_shard
@@ -258,7 +264,8 @@ def rows_that_count(
         decided = newest_decided(known, status_of)
         status = int(shard.marker.statuses[row])
         if status in (EMBEDDED, DELETED):
-            keep[row] = decided is None or decided == (passage.version, shard.marker.shard, row)
+            # By the version alone: places move.
+            keep[row] = decided is None or decided[0] <= passage.version
         else:
             keep[row] = (shard.marker.shard, row) not in retried and (decided is None or decided[0] < passage.version)
         if status == DELETED and keep[row] and drops_deleted:

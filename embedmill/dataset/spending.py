@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from ..errors import EmbedmillError
 from . import layout
 from .dataset import Dataset
+from .layout import Marker
 from .submissions import Intent, Submissions
 
 _OF_A_BATCH = re.compile(r"batch-[0-9a-f]{16}\.log")
@@ -94,7 +95,12 @@ class SpendLogs:
     def _only_in_markers(self, job: str, committed: Iterable[int]) -> int:
         markers = map(self._dataset.marker, committed)
         mine = [marker for marker in markers if marker and self._dataset.admission(marker.shard).job == job]
-        return sum(max(0, marker.billed_tokens - self._by_shard[marker.shard]) for marker in mine)
+        return sum(max(0, marker.billed_tokens - self._in_logs(marker)) for marker in mine)
+
+    def _in_logs(self, marker: Marker) -> int:
+        """A replacement was billed what the shards were that it replaces."""
+        shards = self._dataset.lineage(marker.shard) if marker.replaces else {marker.shard}
+        return sum(self._by_shard[shard] for shard in shards)
 
 
 @dataclass(frozen=True, slots=True)

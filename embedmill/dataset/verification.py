@@ -66,9 +66,12 @@ def verify_dataset(dataset: Dataset, *, on_shard: Callable[[int], None] | None =
     for shard in admitted:
         try:
             if shard not in retired:
-                report.problems.extend(_check_shard(dataset, shard, report))
+                problems = list(_check_shard(dataset, shard, report))
+                # It may be retired, and deleted, while it is looked at.
+                report.problems.extend(problems if problems and shard not in dataset.retired() else ())
         except CorruptStore as error:
-            report.problems.append(Problem(layout.commit_key(shard), str(error)))
+            if shard not in dataset.retired():
+                report.problems.append(Problem(layout.commit_key(shard), str(error)))
         if on_shard is not None:
             on_shard(shard)
     report.problems.extend(_check_shape(dataset))

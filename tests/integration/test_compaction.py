@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -12,13 +13,18 @@ from embedmill.dataset import layout
 from embedmill.dataset.compaction import compact
 from embedmill.dataset.dataset import Dataset, now_iso
 from embedmill.dataset.dead_letters import drop_letters, failed_rows
+from embedmill.dataset.index import DatasetIndex
 from embedmill.dataset.layout import CANCELLED, Marker
-from embedmill.dataset.passages import ShardOrigin
-from embedmill.dataset.rewriting import Rewriting, read_shard
+from embedmill.dataset.passages import ShardOrigin, SourcePosition
+from embedmill.dataset.purging import Purge
+from embedmill.dataset.rewriting import Rewriting, read_shard, rows_that_count
+from embedmill.dataset.spending import SpendLogs
 from embedmill.dataset.summary import summarize
 from embedmill.dataset.verification import verify_dataset
+from embedmill.documents import Cursor
+from scheduler.log_view import LogView
 from tests.datasets import passage, small_dataset
-from tests.invariants import check_dataset, final_set
+from tests.invariants import check_dataset, newest
 from tests.shard_log import ShardLog
 
 
@@ -27,23 +33,14 @@ def dataset(tmp_path: Path) -> Dataset:
     return small_dataset(tmp_path / "d")
 
 
-def newest(dataset: Dataset) -> dict[str, tuple[int, str | None, bytes]]:
-    """What a reader by the rules sees: the deciding version of each id that is not deleted."""
-    best: dict[str, tuple[int, str | None, str, bytes]] = {}
-    for (id_, version), row in final_set(dataset.url).items():
-        if row.status in ("embedded", "deleted") and version > best.get(id_, (0,))[0]:
-            best[id_] = (version, row.text, row.status, row.vector)
-    return {id_: (v, text, vector) for id_, (v, text, status, vector) in best.items() if status == "embedded"}
-
-
 def test_small_shards_become_full_ones_and_nothing_else_changes(dataset: Dataset) -> None:
     log = ShardLog(dataset)
     for number in range(6):
         log.shard((f"a{number}", f"text {number}"), (f"b{number}", f"more {number}"))
-    before, summary = newest(dataset), summarize(dataset)
+    before, summary = newest(dataset.url), summarize(dataset)
     report = compact(dataset)
     assert (report.retired, report.written, report.rows, report.dropped) == (6, 2, 12, 0)
-    assert newest(dataset) == before
+    assert newest(dataset.url) == before
     assert [dataset.marker(shard).rows for shard in dataset.committed()] == [8, 4]
     after = summarize(dataset)
     assert (after.admitted, after.embedded, after.billed_tokens) == (summary.admitted, summary.embedded, 42)
@@ -58,11 +55,11 @@ def test_removed_versions_go_and_the_accounts_still_add_up(dataset: Dataset) -> 
     log.shard(("a", "one"), ("b", "one"), ("c", "one"))
     log.shard(("a", "two"), ("b", None))
     log.shard(("a", "three"), ("d", "one"))
-    before = newest(dataset)
+    before = newest(dataset.url)
     report = compact(dataset)
     # a: two old versions; b and its deletion, since it stands nowhere else and no collection was loaded.
     assert (report.rows, report.dropped) == (3, 4)
-    assert newest(dataset) == before
+    assert newest(dataset.url) == before
     summary = summarize(dataset)
     assert (summary.admitted, summary.embedded, summary.deleted, summary.removed) == (7, 3, 0, 4)
     check_dataset(dataset.url)
@@ -75,9 +72,9 @@ def test_a_deletion_stays_while_an_older_version_may_still_come(dataset: Dataset
     log.shard(("a", None), ("b", "one"))
     log.shard(("c", "one"))
     compact(dataset)
-    assert newest(dataset).keys() == {"b", "c"}
+    assert newest(dataset.url).keys() == {"b", "c"}
     log.commit_admitted(number)
-    assert newest(dataset).keys() == {"b", "c"}
+    assert newest(dataset.url).keys() == {"b", "c"}
     check_dataset(dataset.url)
 
 
@@ -208,7 +205,7 @@ def test_replacements_that_nobody_finished_never_count_and_are_given_up(dataset:
     log = ShardLog(dataset)
     first = log.shard(("a", "one"))
     second = log.shard(("b", "one"))
-    before = newest(dataset)
+    before = newest(dataset.url)
     index = dataset.open_index()
     rewriting = Rewriting(dataset, index, [first, second], job="main", reason="compaction")
     for shard in (first, second):
@@ -217,12 +214,12 @@ def test_replacements_that_nobody_finished_never_count_and_are_given_up(dataset:
     index.close()
     # And one that has not even a marker.
     dataset.append_passages(3, [passage("a", "one")], origin=ShardOrigin(3, "main", replaces=(first,)))
-    assert newest(dataset) == before
+    assert newest(dataset.url) == before
     assert dataset.owed() == []
     assert summarize(dataset).admitted == 2
     check_dataset(dataset.url, at_rest=False)
     compact(dataset)
-    assert newest(dataset) == before
+    assert newest(dataset.url) == before
     assert [dataset.origin(shard).erased for shard in (2, 3)] == [True, True]
     check_dataset(dataset.url, source=log.source)
     assert verify_dataset(dataset).passed
@@ -254,15 +251,15 @@ def test_random_histories_read_the_same_after_any_number_of_compactions(dataset:
         while held and chance.random() < 0.6:
             log.commit_admitted(held.pop(chance.randrange(len(held))))
         if chance.random() < 0.3:
-            before = newest(dataset)
+            before = newest(dataset.url)
             compact(dataset, grace_s=chance.choice([0, 3600]))
-            assert newest(dataset) == before
+            assert newest(dataset.url) == before
             check_dataset(dataset.url, at_rest=False)
     for late in held:
         log.commit_admitted(late)
-    before = newest(dataset)
+    before = newest(dataset.url)
     compact(dataset, grace_s=0)
-    assert newest(dataset) == before
+    assert newest(dataset.url) == before
     summary = summarize(dataset)
     assert summary.admitted == sum(log.versions.values())
     check_dataset(dataset.url)
@@ -281,3 +278,88 @@ def test_vectors_of_another_shard_are_not_taken_for_those_that_were_committed(da
     assert [problem.shard for problem in problems] == [0, 1]
     assert all("is not what was committed" in problem.text for problem in problems)
     assert compact(dataset).retired == 0
+
+
+def test_a_damaged_replacement_that_is_put_aside_is_owed_like_any_other_shard(dataset: Dataset) -> None:
+    log = ShardLog(dataset)
+    log.shard(("a", "one"), ("b", "one"))
+    log.shard(("c", "one"))
+    before = newest(dataset.url)
+    compact(dataset, grace_s=0)
+    [replacement] = dataset.committed()
+    dataset.put_aside(replacement)
+    assert dataset.owed() == [replacement]
+    assert summarize(dataset).admitted == 3
+    log.commit_admitted(replacement)
+    assert newest(dataset.url) == before
+    check_dataset(dataset.url)
+
+
+def test_what_was_billed_counts_once_against_a_cap_also_after_a_compaction(dataset: Dataset) -> None:
+    log = ShardLog(dataset)
+    for number in range(3):
+        log.shard((f"a{number}", "one"))
+        line = {"at": now_iso(), "key": "k", "job": "main", "shard": number, "passages": 1, "tokens": 7, "requests": 1}
+        dataset.store.append("spend/w.log", json.dumps(line).encode() + b"\n")
+    assert SpendLogs(dataset).charged("main", with_markers=True) == 21
+    compact(dataset, grace_s=0)
+    log.shard(("b", "one"))
+    compact(dataset, grace_s=0)
+    # Of the last shard no log knows.
+    assert SpendLogs(dataset).charged("main", with_markers=True) == 28
+
+
+def test_a_compactor_whose_index_is_behind_keeps_the_newest_version(dataset: Dataset) -> None:
+    """Another machine switches between its look at the index and its look at what counts."""
+    log = ShardLog(dataset)
+    log.shard(("a", "one"), ("b", "one"))
+    log.shard(("c", "one"))
+    log.shard(("a", "two"))
+    log.shard(("d", "one"))
+    mine = DatasetIndex(Path(dataset.url) / "mine" / "index.sqlite", dataset_id=dataset.info.id)
+    dataset.catch_up(mine)
+    other = dataset.open_index()
+    theirs = Rewriting(dataset, other, [2, 3], job="main", reason="compaction")
+    for shard in (2, 3):
+        theirs.add(read_shard(dataset, shard), np.ones(1, bool), retried=())
+    assert theirs.switch() is not None
+    other.close()
+    rewriting = Rewriting(dataset, mine, [0, 1, 4], job="main", reason="compaction")
+    for shard in (0, 1, 4):
+        content = read_shard(dataset, shard)
+        keep = rows_that_count(
+            dataset, mine, content,
+            committed=dataset.committed(), retried=(), drops_deleted=True, leaving={0, 1, 4},
+        )  # fmt: skip
+        rewriting.add(content, keep, retried=())
+    assert rewriting.switch() is not None
+    mine.close()
+    assert newest(dataset.url)["a"][:2] == (2, "two")
+
+
+def test_a_group_of_hollow_shards_is_not_held_whole(dataset: Dataset) -> None:
+    log = ShardLog(dataset)
+    for number in range(12):
+        log.shard(*((f"a{row}", f"text {number}") for row in range(7)), (f"b{number}", "one"))
+    index = dataset.open_index()
+    rewriting = Rewriting(dataset, index, list(range(11)), job="main", reason="compaction")
+    for shard in range(7):
+        rewriting.add(read_shard(dataset, shard), np.array([False] * 7 + [True]), retried=())
+    assert sum(len(piece.vectors) for piece in rewriting._open) == 7
+    assert all(piece.vectors.base is None for piece in rewriting._open)
+    index.close()
+
+
+def test_a_source_that_was_given_up_stays_so_when_its_cancelled_rows_are_written_anew(dataset: Dataset) -> None:
+    key = "a" * 32
+    origin = ShardOrigin(0, "main", (SourcePosition(key, "source", Cursor(record=2), 0),))
+    dataset.append_passages(0, [passage("a", "one"), passage("b", "two")], origin=origin)
+    documents = layout.documents_key(0)
+    dataset.commit(
+        Marker(0, np.array([CANCELLED] * 2, np.uint8), dataset.info.embedder.fingerprint, "a", "w", now_iso(),
+               objects={documents: dataset.describe_object(documents)})
+    )  # fmt: skip
+    assert Purge(dataset, ["a"]).run().is_gone
+    index = dataset.open_index()
+    assert LogView(dataset, index).has_given_up(key)
+    index.close()

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from embedmill.dataset.compaction import compact
-from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.local_store import LocalStore
 from embedmill.dataset.summary import summarize
 from embedmill.dataset.verification import verify_dataset
 from tests.datasets import small_dataset
-from tests.invariants import check_dataset, final_set
+from tests.invariants import check_dataset, newest
 
 from .parts import WRITERS, write
 
@@ -57,11 +56,11 @@ def run_trial(folder: Path, *, items: int, seed: int, kill_every_s: float = 3.0)
     dataset.publish_shape()
     # As a scheduler does an hour later.
     LocalStore(folder / "lake").sweep(older_than_s=0)
-    found = newest(dataset)
+    found = newest(dataset.url)
     calm = small_dataset(folder / "calm", shard_rows=64, chunk_rows=16)
     for writer in range(WRITERS):
         write(calm, writer, items)
-    assert found == newest(calm), "the final content is not that of a calm run"
+    assert found == newest(calm.url), "the final content is not that of a calm run"
     check_dataset(dataset.url)
     report = verify_dataset(dataset)
     assert report.passed, report.problems
@@ -79,15 +78,6 @@ def run_trial(folder: Path, *, items: int, seed: int, kill_every_s: float = 3.0)
         shards_left=len(dataset.committed()),
         seconds=round(time.monotonic() - begun, 1),
     )
-
-
-def newest(dataset: Dataset) -> dict[str, tuple[int, str | None, bytes]]:
-    """What a reader by the rules sees: the deciding version of each id that is not deleted."""
-    best: dict[str, tuple[int, str | None, str, bytes]] = {}
-    for (id_, version), row in final_set(dataset.url).items():
-        if row.status in ("embedded", "deleted") and version > best.get(id_, (0,))[0]:
-            best[id_] = (version, row.text, row.status, row.vector)
-    return {id_: (v, text, vector) for id_, (v, text, status, vector) in best.items() if status == "embedded"}
 
 
 class _Parts:
