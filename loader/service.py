@@ -1,36 +1,30 @@
 """Committed shards into Milvus: read, decide, send, note it down.
 
 The markers in the dataset are the rule and announcements only hints. A shard counts as loaded when the ledger has its
-result, which is written after Milvus acknowledged every row (Milvus Lite: after a flush). Stopping anywhere costs at most
-sending some shards again, which changes nothing.
+result, which is written after Milvus acknowledged every row (Milvus Lite: after a flush), and only if the shard still
+counts then. Stopping anywhere costs at most sending some shards again, which changes nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
-import numpy as np
-import pyarrow as pa
 from anyio import to_thread
-from numpy.typing import NDArray
 
-from embedmill.dataset import layout
-from embedmill.dataset.dataset import Dataset, describe, now_iso
-from embedmill.dataset.deciding import status_reader
-from embedmill.dataset.index import DatasetIndex
-from embedmill.errors import ConfigurationError, CorruptStore, TransientError
+from embedmill.dataset.dataset import Dataset, now_iso
+from embedmill.errors import ConfigurationError, TransientError
 from embedmill.failpoints import afailpoint
 from scheduler.queue import Queue
 
 from .description import CollectionDescription, check_collection_name, default_collection
 from .ledger import Ledger, LedgerTarget, LoadResult
-from .rows import ShardPlan, cut_text, parse_metadata, plan_shard
+from .reading import Look, ShardReader
 from .target import CollectionState, MilvusTarget
 
 if TYPE_CHECKING:
@@ -39,7 +33,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("embedmill.loader")
 _CHECKPOINT_ROWS = 16_384
 _CHECKPOINT_S = 5.0
-_COLUMNS = ("id", "text", "metadata", "version")
 
 
 @dataclass(slots=True)
@@ -54,16 +47,6 @@ class LoadCounts:
     rows_cut: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _ShardLoad:
-    """A shard, read and decided."""
-
-    plan: ShardPlan
-    rows: list[dict[str, Any]]
-    cut: int
-    marker_crc32c: str
-
-
 class Loader:
     """Loads one dataset into one collection. `prepare` first; an async context manager does that, and `aclose`."""
 
@@ -73,9 +56,11 @@ class Loader:
         self.counts = LoadCounts()
         self._lock = anyio.Lock()
         self._ledger: Ledger | None = None
-        self._index: DatasetIndex | None = None
+        self._reader: ShardReader | None = None
         self._loaded: dict[int, str] = {}
         self._intents: set[int] = set()
+        # Of the shards that this loader has begun to send: the ids that may be in the target.
+        self._sent: dict[int, tuple[str, ...]] = {}
 
     async def __aenter__(self) -> Self:
         await self.prepare()
@@ -110,19 +95,19 @@ class Loader:
             if self._ledger is not None:
                 self._ledger.close()
                 self._ledger = None
-            if self._index is not None:
-                self._index.close()
-                self._index = None
+            if self._reader is not None:
+                self._reader.close()
+                self._reader = None
             await self.target.aclose()
 
     async def load_shard(self, shard: int) -> bool:
         """Apply one committed shard, whether or not it was before; False when it is not committed."""
         async with self._lock:
-            committed = await to_thread.run_sync(self._committed)
-            if shard not in committed:
-                return False
-            await self._checkpoint([await self._apply(shard, committed)])
-            return True
+            while shard in (look := await self._look()).committed:
+                result = await self._apply(shard, look)
+                if result is not None and await self._checkpoint([result]):
+                    return True
+            return False
 
     async def sweep(self, stop: anyio.Event | None = None) -> int:
         """Apply every committed shard that the ledger does not have, in order; how many there were.
@@ -131,12 +116,12 @@ class Loader:
         """
         async with self._lock:
             swept = 0
-            while todo := await to_thread.run_sync(self._outstanding):
-                committed, shards = todo
-                swept += await self._apply_all(shards, committed, stop)
-                if stop is not None and stop.is_set():
-                    break
-            return swept
+            while True:
+                look = await self._look()
+                shards = sorted(look.committed - self._loaded.keys())
+                swept += await self._apply_all(shards, look, stop)
+                if not shards or (stop is not None and stop.is_set()):
+                    return swept
 
     async def finish(self) -> None:
         """Make what was loaded durable and searchable."""
@@ -169,7 +154,7 @@ class Loader:
         ledger = self._require_ledger()
         await self.target.delete(report.extra_ids)
         # A replacement counts as loaded when those that it replaces are.
-        shards = report.shards | await to_thread.run_sync(self._replaced, report.shards)
+        shards = report.shards | await to_thread.run_sync(self._require_reader().moved_from, report.shards)
         await to_thread.run_sync(ledger.forget, shards)
         for shard in shards:
             self._loaded.pop(shard, None)
@@ -183,7 +168,7 @@ class Loader:
         ledger = Ledger(self.dataset, _ledger_target(self.target, state))
         await to_thread.run_sync(ledger.open)
         self._ledger = ledger
-        self._index = await to_thread.run_sync(self.dataset.open_index)
+        self._reader = ShardReader(self.dataset, await to_thread.run_sync(self.dataset.open_index))
         results = await to_thread.run_sync(ledger.results)
         self._intents = await to_thread.run_sync(ledger.intents)
         # Who died between the two steps of a result leaves both: applying the shard again also removes the intent.
@@ -201,32 +186,59 @@ class Loader:
         require_collection(state, wanted)
         return state
 
-    async def _apply_all(self, shards: Sequence[int], committed: frozenset[int], stop: anyio.Event | None) -> int:
+    async def _look(self) -> Look:
+        """What counts now, with everything settled that was retired while it was half there."""
+        while True:
+            look = await to_thread.run_sync(self._look_once)
+            settled = [await self._settle(shard, look) for shard in sorted(self._intents & look.retired)]
+            if all(settled):
+                return look
+
+    def _look_once(self) -> Look:
+        """A shard that was put aside and committed anew counts as not loaded."""
+        put_aside = self.dataset.forget_put_aside()
+        look = self._require_reader().look()
+        for shard in put_aside & look.committed & self._loaded.keys():
+            found = self._require_reader().marker(shard)
+            if found is not None and found[1] != self._loaded[shard]:
+                del self._loaded[shard]
+        return look
+
+    async def _apply_all(self, shards: Sequence[int], look: Look, stop: anyio.Event | None) -> int:
+        """Apply these, up to the first for which the look does not count any more; how many."""
         results: list[LoadResult] = []
         rows, since, applied = 0, time.monotonic(), 0
         for shard in shards:
             if stop is not None and stop.is_set():
                 break
-            adopted = await to_thread.run_sync(self._adopt, shard)
-            results.append(adopted or await self._apply(shard, committed))
+            result = await to_thread.run_sync(self._adopt, shard) or await self._apply(shard, look)
+            if result is None:
+                break
+            results.append(result)
             applied += 1
-            rows += results[-1].upserted
+            rows += result.upserted
             if rows >= _CHECKPOINT_ROWS or time.monotonic() - since > _CHECKPOINT_S:
                 await self._checkpoint(results)
                 results, rows, since = [], 0, time.monotonic()
         await self._checkpoint(results)
         return applied
 
-    async def _apply(self, shard: int, committed: frozenset[int]) -> LoadResult:
-        """Send one shard. Its result counts once `_checkpoint` has written it."""
+    async def _apply(self, shard: int, look: Look) -> LoadResult | None:
+        """Send one shard. Its result counts once `_checkpoint` has written it. None, with nothing sent, when the look does
+        not count any more."""
         ledger = self._require_ledger()
-        load = await to_thread.run_sync(self._read, shard, committed)
+        load = await to_thread.run_sync(self._require_reader().read, shard, look)
+        if load is None:
+            return None
         if shard in self._intents:
-            await self._recover(shard, load.plan)
+            # An earlier attempt may have sent rows that a higher version overrules by now, and a server may have taken them
+            # late: whatever overrules them is applied again, after this shard.
+            await to_thread.run_sync(self._apply_again, shard, load.plan.superseding)
         await afailpoint("loader.before_intent")
         await to_thread.run_sync(ledger.intend, shard)
         await afailpoint("loader.after_intent")
         self._intents.add(shard)
+        self._sent[shard] = load.ids
         await self.target.upsert(load.rows)
         await afailpoint("loader.after_upsert")
         await self.target.delete(load.plan.delete)
@@ -245,123 +257,87 @@ class Loader:
         )
 
     def _adopt(self, shard: int) -> LoadResult | None:
-        """The result of a replacement whose rows are in the collection already: all that it replaces was loaded."""
-        replaced = self._replaced([shard])
-        if shard in self._intents or not replaced or not replaced <= self._loaded.keys() - self._intents:
+        """The result of a replacement whose rows are in the collection already: all that it took over was loaded, as it was
+        when it was taken over."""
+        found = self._require_reader().marker(shard)
+        if found is None or not found[0].replaces or shard in self._intents:
             return None
-        crc32c = self.dataset.describe_object(layout.commit_key(shard)).crc32c
+        marker, crc32c = found
+        moved_from = self._require_reader().moved_from([shard])
+        is_loaded = all(
+            old not in self._intents and old in self._loaded and self._loaded[old] == marker.replaced.get(old)
+            for old in moved_from
+        )
+        if not moved_from or not is_loaded:
+            return None
         return LoadResult(shard, crc32c, upserted=0, deleted=0, superseded=0, skipped=0, cut=0, at=now_iso())
 
-    def _replaced(self, shards: Iterable[int]) -> frozenset[int]:
-        """The shards that the rows of replacements stood in before."""
-        return frozenset(
-            old
-            for shard in shards
-            if self.dataset.admission(shard).replaces
-            for old, _ in self.dataset.origin(shard).carried.values()
-        )
+    async def _settle(self, shard: int, look: Look) -> bool:
+        """A shard that was retired while it was half there: nobody applies it again. What is nowhere else goes, what
+        overrules its rows is applied again, and the rest stands in replacements, which are applied, since it was not wholly
+        loaded. False when the look does not count any more."""
+        versions: Mapping[str, int | None]
+        ids = self._sent.get(shard)
+        if ids is None:
+            ids = await to_thread.run_sync(self._require_reader().ids, shard)
+        if ids is None:
+            _log.info("shard %d was interrupted, and erased since: looking through the whole collection", shard)
+            await self.target.make_searchable()
+            versions = dict(await self.target.versions())
+        else:
+            versions = dict.fromkeys(ids)
+        left = await to_thread.run_sync(self._require_reader().left_behind, versions, look)
+        if left is None:
+            return False
+        unknown, deciding = left
+        await self.target.delete(unknown)
+        if self.target.lite:
+            await self.target.flush()
+        await to_thread.run_sync(self._apply_again, shard, deciding)
+        await to_thread.run_sync(self._require_ledger().withdraw, shard)
+        self._intents.discard(shard)
+        self._sent.pop(shard, None)
+        return True
 
-    async def _recover(self, shard: int, plan: ShardPlan) -> None:
-        """An earlier attempt may have sent rows of this shard that a higher version overrules by now, and a server may have
-        taken them late: whatever overrules them is applied again, after this shard."""
-        await to_thread.run_sync(self._apply_again, shard, plan)
-
-    def _apply_again(self, shard: int, plan: ShardPlan) -> None:
-        overruling = plan.superseding & self._loaded.keys()
-        self._require_ledger().forget(overruling)
-        for other in overruling:
+    def _apply_again(self, shard: int, overruling: Set[int]) -> None:
+        loaded = overruling & self._loaded.keys()
+        self._require_ledger().forget(loaded)
+        for other in loaded:
             del self._loaded[other]
-        if overruling:
-            _log.info("shard %d was interrupted: applying %s again", shard, sorted(overruling))
+        if loaded:
+            _log.info("shard %d was interrupted: applying %s again", shard, sorted(loaded))
 
-    def _settle_retired(self, committed: frozenset[int]) -> None:
-        """Shards that were retired while they were half there: nobody applies them again, so what overrules their rows is.
-        Their other rows stand in replacements, which are applied, since those shards were not wholly loaded."""
-        ledger = self._require_ledger()
-        for shard in sorted(self._intents & self.dataset.retired()):
-            if self.dataset.marker(shard) is not None:
-                self._apply_again(shard, self._plan(shard, committed)[0])
-            ledger.withdraw(shard)
-            self._intents.discard(shard)
-
-    async def _checkpoint(self, results: Sequence[LoadResult]) -> None:
+    async def _checkpoint(self, results: Sequence[LoadResult]) -> int:
+        """Note down what was applied, but for shards that were retired meanwhile, which keep their intents; how many."""
         if not results:
-            return
+            return 0
         with anyio.CancelScope(shield=True):
             if self.target.lite:
                 await self.target.flush()
             await afailpoint("loader.after_flush")
-            for result in results:
+            # Whoever erases rows deletes them in Milvus after the switch, which might have been before they were sent.
+            retired = await to_thread.run_sync(self.dataset.retired)
+            counting = [result for result in results if result.shard not in retired]
+            for result in counting:
                 await to_thread.run_sync(self._require_ledger().record, result)
                 self._loaded[result.shard] = result.marker_crc32c
                 self._intents.discard(result.shard)
+                self._sent.pop(result.shard, None)
                 self.counts.shards_loaded += 1
                 self.counts.rows_superseded += result.superseded
                 self.counts.rows_skipped += result.skipped
                 self.counts.rows_cut += result.cut
-
-    def _committed(self) -> frozenset[int]:
-        """The live committed shards. The index has all of their rows afterwards.
-
-        A shard that was put aside and committed anew counts as not loaded.
-        """
-        put_aside = self.dataset.forget_put_aside()
-        committed = frozenset(self.dataset.committed())
-        for shard in put_aside & committed & self._loaded.keys():
-            data = self.dataset.store.read_or_none(layout.commit_key(shard))
-            if data is not None and describe(data).crc32c != self._loaded[shard]:
-                del self._loaded[shard]
-        self.dataset.catch_up(self._require_index())
-        return committed
-
-    def _outstanding(self) -> tuple[frozenset[int], list[int]] | None:
-        committed = self._committed()
-        self._settle_retired(committed)
-        shards = sorted(shard for shard in committed if shard not in self._loaded)
-        return (committed, shards) if shards else None
-
-    def _read(self, shard: int, committed: frozenset[int]) -> _ShardLoad:
-        plan, table = self._plan(shard, committed)
-        rows, cut = self._rows(shard, table, plan) if plan.upsert else ([], 0)
-        return _ShardLoad(plan, rows, cut, self.dataset.describe_object(layout.commit_key(shard)).crc32c)
-
-    def _plan(self, shard: int, committed: frozenset[int]) -> tuple[ShardPlan, pa.Table]:
-        marker = self.dataset.marker(shard)
-        if marker is None:
-            raise CorruptStore(f"{self.dataset.url}/{layout.commit_key(shard)} is missing")
-        table, _ = self.dataset.documents(shard, columns=_COLUMNS)
-        ids = [str(id_) for id_ in table.column("id").to_pylist()]
-        versions = table.column("version").to_numpy().tolist()
-        plan = plan_shard(
-            shard,
-            ids=ids,
-            versions=versions,
-            statuses=marker.statuses,
-            known=self._require_index().versions(list(dict.fromkeys(ids))),
-            status_of=status_reader(self.dataset, committed),
-        )
-        return plan, table
-
-    def _rows(self, shard: int, table: pa.Table, plan: ShardPlan) -> tuple[list[dict[str, Any]], int]:
-        vectors = np.asarray(self.dataset.vectors(shard), dtype=np.float32)
-        _require_finite(vectors, plan.upsert, name=f"{self.dataset.url}/{layout.vectors_key(shard)}")
-        rows, cut = [], 0
-        for number, record in zip(plan.upsert, table.take(list(plan.upsert)).to_pylist(), strict=True):
-            text, shortened = cut_text(record["text"] or "")
-            metadata, dropped = parse_metadata(record["metadata"])
-            cut += shortened or dropped
-            rows.append({**record, "text": text, "metadata": metadata, "vector": vectors[number]})
-        return rows, cut
+        return len(counting)
 
     def _require_ledger(self) -> Ledger:
         if self._ledger is None:
             raise RuntimeError("the loader is not prepared")
         return self._ledger
 
-    def _require_index(self) -> DatasetIndex:
-        if self._index is None:
+    def _require_reader(self) -> ShardReader:
+        if self._reader is None:
             raise RuntimeError("the loader is not prepared")
-        return self._index
+        return self._reader
 
 
 def require_collection(state: CollectionState, wanted: CollectionDescription) -> None:
@@ -377,13 +353,6 @@ def _ledger_target(target: MilvusTarget, state: CollectionState) -> LedgerTarget
     address = target.address
     name = f"{address.name}-{state.name[:60]}-{address.fingerprint(state.name, state.identity)}"
     return LedgerTarget(name=name, uri=address.shown, collection=state.name, identity=state.identity)
-
-
-def _require_finite(vectors: NDArray[np.float32], rows: Sequence[int], *, name: str) -> None:
-    finite = np.isfinite(vectors[list(rows)]).all(axis=1)
-    if not finite.all():
-        row = rows[int(np.argmin(finite))]
-        raise CorruptStore(f"row {row} of {name} is not finite, and its marker says that it is embedded")
 
 
 async def _wait_for_announcement(queue: Queue, after: str, stop: anyio.Event, *, at_most_s: float) -> str:

@@ -41,6 +41,7 @@ _CONNECT_S = 10.0
 # Milvus Lite stalls up to 14 s while it writes a segment.
 _CALL_S = 120.0
 _READ_ROWS = 200
+_RANGES = 50
 _VECTOR = "vector"
 _STRONG = "Strong"
 _INSTALL = "Milvus needs its client: pip install 'embedmill[milvus]'"
@@ -186,6 +187,15 @@ class MilvusTarget:
                 found[str(row["id"])] = np.asarray(row[_VECTOR], dtype=np.float32)
         return found
 
+    async def parts_of(self, ids: Sequence[str]) -> set[str]:
+        """Ids that are there and are one of these with a `#` and more behind it, read with strong consistency."""
+        found: set[str] = set()
+        for start in range(0, len(ids), _RANGES):
+            chosen = " or ".join(map(_begins_with, ids[start : start + _RANGES]))
+            query = partial(self._client.query, output_fields=["id"], consistency_level=_STRONG, timeout=_CALL_S)
+            found.update(str(row["id"]) for row in await self._call("look for ids", query, self._name, filter=chosen))
+        return found
+
     async def search(self, vector: NDArray[np.float32], *, limit: int, expression: str = "") -> list[Hit]:
         """The nearest rows, best first. Raises ConfigurationError for an expression that Milvus does not understand."""
         search = partial(
@@ -293,6 +303,12 @@ def _client_class(*, lite: bool) -> Any:
 def _one_of(ids: Sequence[str]) -> str:
     """A filter for these ids. pymilvus' own, for `ids=`, quotes as Python does, which Milvus reads otherwise."""
     return f"id in {json.dumps(list(ids), ensure_ascii=False)}"
+
+
+def _begins_with(id_: str) -> str:
+    """A filter for this id with a `#` behind it. A range, since there is no telling what `like` makes of `_` and `%`."""
+    first, behind = (json.dumps(id_ + mark, ensure_ascii=False) for mark in "#$")
+    return f"(id >= {first} and id < {behind})"
 
 
 def _silence(logger: logging.Logger, *, propagate: bool) -> None:

@@ -13,8 +13,10 @@ from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.deciding import Place, StatusOf, newest_decided, status_reader
 from embedmill.dataset.index import DatasetIndex
 from embedmill.dataset.layout import EMBEDDED
+from embedmill.errors import CorruptStore
 
 from .description import CollectionDescription, default_collection
+from .reading import Look, ShardReader
 from .service import require_collection
 from .target import MilvusTarget
 
@@ -59,21 +61,49 @@ class TargetReport:
 async def verify_target(dataset: Dataset, target: MilvusTarget) -> TargetReport:
     """Compare with the newest committed version of every id. Reads only, but for building the index to read by.
 
-    A collection that does not exist misses everything. Raises ConfigurationError when it holds something else.
+    A collection that does not exist misses everything. Shards may be compacted and documents erased meanwhile. Raises
+    ConfigurationError when it holds something else.
     """
     await target.connect(must_exist=True)
     target.collection = target.collection or default_collection(dataset.url)
     state = await target.describe(target.collection)
-    expected = await to_thread.run_sync(_expected, dataset)
-    if state is None:
-        return _report(target.collection, expected, {}, sampled=0, different=())
-    require_collection(state, CollectionDescription.of_dataset(dataset.info))
-    await target.make_searchable()
+    if state is not None:
+        require_collection(state, CollectionDescription.of_dataset(dataset.info))
+        await target.make_searchable()
+    index = await to_thread.run_sync(dataset.open_index)
+    try:
+        reader = ShardReader(dataset, index)
+        while True:
+            look, expected = await to_thread.run_sync(_expected, dataset, index, reader)
+            if state is None:
+                return _report(target.collection, expected, {}, sampled=0, different=())
+            report = await _compare(dataset, target, target.collection, expected, reader, look)
+            if report is not None:
+                return report
+    finally:
+        index.close()
+
+
+async def _compare(
+    dataset: Dataset,
+    target: MilvusTarget,
+    collection: str,
+    expected: Mapping[str, Place],
+    reader: ShardReader,
+    look: Look,
+) -> TargetReport | None:
+    """None when something may be wrong only since a shard was retired after the look."""
     found = await target.versions()
     equal = [id_ for id_, place in expected.items() if found.get(id_) == place[0]]
     sample = choose_sample(equal, expected)
-    different = await _differing(dataset, target, {id_: expected[id_] for id_ in sample})
-    return _report(target.collection, expected, found, sampled=len(sample), different=different)
+    try:
+        different = await _differing(dataset, target, {id_: expected[id_] for id_ in sample})
+    except CorruptStore:
+        if await to_thread.run_sync(reader.holds, look):
+            raise
+        return None
+    report = _report(collection, expected, found, sampled=len(sample), different=different)
+    return report if report.ok or await to_thread.run_sync(reader.holds, look) else None
 
 
 def choose_sample(ids: Sequence[str], places: Mapping[str, Place], *, seed: int = 0) -> list[str]:
@@ -85,14 +115,12 @@ def choose_sample(ids: Sequence[str], places: Mapping[str, Place], *, seed: int 
     return chance.sample(candidates, min(SAMPLE_ROWS, len(candidates)))
 
 
-def _expected(dataset: Dataset) -> dict[str, Place]:
-    committed = frozenset(dataset.committed())
-    status_of = status_reader(dataset, committed)
-    index = dataset.open_index()
-    try:
-        return dict(_living(index, status_of))
-    finally:
-        index.close()
+def _expected(dataset: Dataset, index: DatasetIndex, reader: ShardReader) -> tuple[Look, dict[str, Place]]:
+    while True:
+        look = reader.look()
+        living = dict(_living(index, status_reader(dataset, look.committed)))
+        if reader.holds(look):
+            return look, living
 
 
 def _living(index: DatasetIndex, status_of: StatusOf) -> list[tuple[str, Place]]:

@@ -6,10 +6,11 @@ import logging
 import time
 
 from embedmill.dataset.dataset import Dataset
+from embedmill.dataset.erasures import sweep_erased
 from embedmill.dataset.layout import CHECKPOINTS_FOLDER, checkpoints_folder, commit_key, numbers
 from embedmill.dataset.local_store import LocalStore
 
-_TEMPORARIES_EVERY_S = 600.0
+_LEFTOVERS_EVERY_S = 600.0
 _TEMPORARIES_AGE_S = 3600.0
 _log = logging.getLogger("embedmill.scheduler")
 
@@ -22,7 +23,8 @@ class Housekeeping:
         self._looked_at_s = float("-inf")
 
     def sweep(self) -> None:
-        """Remove checkpoints of committed shards and, every ten minutes, half-written files of more than an hour ago.
+        """Remove checkpoints of committed shards and, every ten minutes, half-written files of more than an hour ago and
+        what is stored again of erased shards.
 
         The worker that commits a shard sweeps its checkpoints. One that was killed in between, or that stood still and wrote
         a checkpoint late, leaves some behind, and no task leads anybody there again.
@@ -35,8 +37,12 @@ class Housekeeping:
                 for name in store.names(folder):
                     store.delete(f"{folder}/{name}")
                 store.delete_folder(folder)
-        if isinstance(store, LocalStore) and time.monotonic() - self._looked_at_s >= _TEMPORARIES_EVERY_S:
-            self._looked_at_s = time.monotonic()
-            removed = store.sweep(older_than_s=_TEMPORARIES_AGE_S)
-            if removed:
-                _log.info("%s: removed %d files that killed processes left half-written", self._dataset.url, removed)
+        if time.monotonic() - self._looked_at_s < _LEFTOVERS_EVERY_S:
+            return
+        self._looked_at_s = time.monotonic()
+        removed = store.sweep(older_than_s=_TEMPORARIES_AGE_S) if isinstance(store, LocalStore) else 0
+        if removed:
+            _log.info("%s: removed %d files that killed processes left half-written", self._dataset.url, removed)
+        swept = sweep_erased(self._dataset)
+        if swept:
+            _log.info("%s: removed what was stored again of erased shards %s", self._dataset.url, swept)

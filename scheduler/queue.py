@@ -209,6 +209,18 @@ class Queue:
             block = keys[start : start + _BLOCK]
             await self.connection.command("HDEL", f"{self._prefix}:dead:{job_key(dataset_id, job)}", *block)
 
+    async def dead_letters(self, dataset_id: str, job: str) -> dict[str, tuple[str, int]]:
+        """(id, version) of each dead letter, by `DeadLetter.key`. Their rows may have moved since."""
+        found: dict[str, tuple[str, int]] = {}
+        cursor, key = 0, f"{self._prefix}:dead:{job_key(dataset_id, job)}"
+        while True:
+            cursor, letters = await self.connection.command("HSCAN", key, cursor, "COUNT", _BLOCK)
+            for name, letter in letters.items():
+                record = json.loads(letter)
+                found[str(name)] = (str(record["id"]), int(record["version"]))
+            if not cursor:
+                return found
+
     async def depth(self) -> Depth:
         return Depth(*(int(count) for count in await self._script("depth")))
 

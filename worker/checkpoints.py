@@ -109,13 +109,16 @@ class Checkpoint:
         return adopted
 
     def keep(self, increment: Increment) -> None:
-        """Write results durably, as one object. Where somebody else has committed the shard meanwhile, nobody needs them."""
+        """Write results durably, as one object. Where the shard was committed or retired meanwhile, nobody needs them, and
+        what was erased must not come back."""
+        if self._shard in self._dataset.retired():
+            return
         self._flushes += 1
         self._dataset.store.create(
             f"{self._folder}/{self._attempt}-{self._flushes:05d}",
             encode_increment(increment, fingerprint=self._fingerprint),
         )
-        if self._dataset.marker(self._shard) is not None:
+        if self._dataset.marker(self._shard) is not None or self._shard in self._dataset.retired():
             self.sweep()
 
     def sweep(self) -> None:

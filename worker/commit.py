@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from embedmill.dataset.layout import (
     Marker,
     StoredObject,
     Window,
+    commit_key,
     documents_key,
     vectors_key,
 )
@@ -39,13 +41,18 @@ def commit_shard(
 ) -> Marker:
     """Make a shard's results durable and final; the marker that is stored, ours or that of whoever was faster.
 
+    Of a shard that was retired, since somebody was so much faster, nothing is stored: it may have been erased. Its marker
+    has no failures then.
+
     passages: (id, version) of every row; windows: asked once it is known what is stored. Blocking: run in a thread.
     """
     objects: dict[str, StoredObject] = {}
     failpoint("worker.before_vectors")
-    stored = _store_vectors(dataset, shard, results, job=origin.job, passages=passages)
-    if stored is not None:
-        objects[vectors_key(shard)] = stored
+    has_stored_vectors = has_stored_marker = False
+    if shard not in dataset.retired():
+        stored, has_stored_vectors = _store_vectors(dataset, shard, results, job=origin.job, passages=passages)
+        if stored is not None:
+            objects[vectors_key(shard)] = stored
     failpoint("worker.after_vectors")
     marker = Marker(
         shard=shard,
@@ -63,9 +70,14 @@ def commit_shard(
         windows=windows(),
         objects={documents_key(shard): dataset.describe_object(documents_key(shard)), **objects},
     )
-    committed = dataset.commit(marker)
+    if shard not in dataset.retired():
+        marker = dataset.commit(marker)
+        has_stored_marker = marker.attempt == attempt
     failpoint("worker.after_marker")
-    return committed
+    if shard in dataset.retired():
+        _take_back(dataset, marker, with_vectors=has_stored_vectors, with_marker=has_stored_marker)
+        return replace(marker, failures=())
+    return marker
 
 
 def dead_letters(marker: Marker, task: Task) -> list[DeadLetter]:
@@ -76,16 +88,26 @@ def dead_letters(marker: Marker, task: Task) -> list[DeadLetter]:
     ]
 
 
+def _take_back(dataset: Dataset, marker: Marker, *, with_vectors: bool, with_marker: bool) -> None:
+    """Delete what was stored while somebody retired the shard, and nothing of what others stored of it."""
+    if with_vectors:
+        dataset.store.delete(vectors_key(marker.shard))
+    if with_marker:
+        dataset.store.delete(commit_key(marker.shard))
+        dataset.forget(marker.shard)
+
+
 def _store_vectors(
     dataset: Dataset, shard: int, results: ShardResults, *, job: str, passages: list[tuple[str, int]]
-) -> StoredObject | None:
+) -> tuple[StoredObject | None, bool]:
+    """What is stored, and whether that was now."""
     embedded = results.statuses == EMBEDDED
     if not embedded.any() and not dataset.store.exists(vectors_key(shard)):
-        return None
+        return None, False
     try:
-        return dataset.create_vectors(shard, results.vectors)
+        return dataset.create_vectors(shard, results.vectors), True
     except ObjectExists:
-        return _adopt(dataset, shard, results, job=job, passages=passages)
+        return _adopt(dataset, shard, results, job=job, passages=passages), False
 
 
 def _adopt(

@@ -26,7 +26,6 @@ from ..dataset.dataset import Dataset
 from ..dataset.dead_letters import FailedRow, Place, drop_letters, failed_rows
 from ..dataset.layout import Failure, Marker
 from ..errors import ConfigurationError, CorruptStore
-from ..messages import dead_letter_key
 from .jobs import open_queue, open_with_job, require_job
 from .options import output_options, shared
 from .run import require_not_stopped
@@ -176,9 +175,10 @@ async def _drop(dataset: Dataset, job: str, letters: list[FailedRow], redis: str
 
 
 async def _forget(queue: Queue, dataset: Dataset, job: str, letters: list[FailedRow]) -> None:
-    """What Redis still counts of them."""
-    keys = [dead_letter_key(dataset.url, letter.shard, letter.failure.row) for letter in letters]
-    await queue.forget_dead(dataset.info.id, job, keys)
+    """What Redis still counts of them, at whatever place they failed."""
+    wanted = {(letter.failure.id, letter.failure.version) for letter in letters}
+    known = await queue.dead_letters(dataset.info.id, job)
+    await queue.forget_dead(dataset.info.id, job, [key for key, letter in known.items() if letter in wanted])
 
 
 def _admit(dataset: Dataset, letters: list[FailedRow], job: str) -> Retried:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import EmbedmillError
+from ..errors import CorruptStore, EmbedmillError
 from .options import check_environment, load_config
 
 _COMMANDS = {
@@ -118,7 +118,8 @@ def _explain(error: Exception) -> int:
     """One line for the user, and the exit status."""
     known = _known(error)
     if known is not None:
-        _say(str(known))
+        hint = " (embedmill verify DATASET looks through everything, and says what can be mended)"
+        _say(f"{known}{hint if isinstance(known, CorruptStore) else ''}")
         return known.exit_status
     _say(f"internal error: {error!r}; this is a bug: please report it, with the output of the same command and -v")
     return EmbedmillError.exit_status

@@ -15,6 +15,7 @@ from scheduler.queue import Queue
 from scheduler.reconcile import reconcile
 
 from ..dataset.dataset import Dataset
+from ..dataset.layout import ZARR_ARRAY_KEY
 from ..dataset.verification import DatasetReport, verify_dataset
 from ..dataset.work_lock import work_alone
 from ..errors import CorruptStore, StorageError
@@ -107,8 +108,15 @@ async def _verify_target(dataset: Dataset, milvus: str, collection: str | None, 
 
 
 def _put_aside(dataset: Dataset, report: DatasetReport) -> list[int]:
-    """Damaged shards that embedding again mends; nobody may be at work on the dataset meanwhile."""
+    """Damaged shards that embedding again mends; nobody may be at work on the dataset meanwhile. The metadata for other
+    readers is written anew, unless the shards do not fit `dataset.json` either: then that may be what is wrong."""
     shards = sorted({problem.shard for problem in report.problems if problem.shard is not None})
+    if any(problem.object == ZARR_ARRAY_KEY for problem in report.problems):
+        if shards:
+            return []
+        with work_alone(dataset):
+            dataset.mend_array()
+            report.mended.append(ZARR_ARRAY_KEY)
     if shards:
         with work_alone(dataset):
             for shard in shards:
@@ -142,6 +150,8 @@ def _print_dataset(dataset: Dataset, report: DatasetReport) -> None:
     summary = report.summary
     if summary is None:
         click.echo(f"{dataset.url}: differences found: {len(report.problems):,}")
+        for key in report.mended:
+            click.echo(f"written anew: {dataset.url}/{key}; verify again")
         if report.set_aside:
             click.echo(f"put aside into {dataset.url}/damaged: shards {', '.join(map(str, report.set_aside))}; run the")
             click.echo("same `embedmill run` again, which embeds them anew, and verify again")

@@ -20,7 +20,7 @@ from .index import DatasetIndex
 from .layout import CANCELLED, Marker, Retirement
 from .rewriting import CommittedShard, Rewriting, Rewritten, delete_retired, erase_shard, read_shard, rows_that_count
 from .verification import Problem
-from .work_lock import dataset_folder
+from .work_lock import open_lock
 
 GRACE_S = 3600.0
 """How long what was retired stays readable, for readers that began before."""
@@ -83,8 +83,8 @@ def compact(
         finally:
             index.close()
         report.deleted = len(delete_retired(dataset, older_than_s=grace_s))
-        if report.written:
-            dataset.publish_shape()
+        # Also of one that was killed behind its switch.
+        dataset.publish_shape()
     return report
 
 
@@ -119,7 +119,7 @@ def retire_unfinished(dataset: Dataset, index: DatasetIndex) -> list[int]:
 @contextmanager
 def compacting_alone(dataset: Dataset) -> Iterator[None]:
     """One compaction at a time on this machine. The dataset stays whole without it: the slower one of two gives up."""
-    with (dataset_folder(dataset) / _LOCK).open("a+") as file:
+    with open_lock(dataset, _LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

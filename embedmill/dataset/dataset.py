@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..embedder import EmbedderSpec
-from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExists
+from ..errors import ConfigurationError, CorruptStore, ObjectChanged, ObjectExists, StorageError
 from . import layout
 from .index import INDEXED_COLUMNS, DatasetIndex
 from .layout import DatasetInfo, Job, Marker, Retirement, StoredObject
@@ -35,7 +35,7 @@ from .passages import (
 from .rowless import decode_rowless, encode_rowless
 from .shard import DecodedShard, EncodedShard, crc32c, decode_shard, encode_shard
 from .store import Store, open_store
-from .zarr_metadata import create_metadata, raise_shape, shape_of
+from .zarr_metadata import check_array, create_metadata, raise_shape, shape_of
 
 DAMAGED_FOLDER = "damaged"
 
@@ -63,6 +63,8 @@ class Dataset:
     def __init__(self, store: Store, info: DatasetInfo) -> None:
         self.store = store
         self.info = info
+        if isinstance(store, LocalStore):
+            store.anchor = layout.DATASET_KEY
         self._markers: dict[int, Marker] = {}
         self._admissions: dict[int, Admission] = {}
         self._put_aside: dict[str, frozenset[int]] = {}
@@ -96,11 +98,19 @@ class Dataset:
         group, array = create_metadata(dataset.info)
         _create_once(store, layout.ZARR_GROUP_KEY, group)
         _create_once(store, layout.ZARR_ARRAY_KEY, array)
+        check_array(store.read(layout.ZARR_ARRAY_KEY), dataset.info, url=dataset.url)
         return dataset
 
     @property
     def url(self) -> str:
         return self.store.url
+
+    def require_there(self) -> None:
+        """Raises StorageError when the dataset is gone from its place, where everything else would look empty."""
+        if not self.store.exists(layout.DATASET_KEY):
+            raise StorageError(
+                f"{self._name(layout.DATASET_KEY)} is gone: was its disk unmounted, or the folder moved away?"
+            )
 
     def require(self, embedder: EmbedderSpec) -> None:
         """Raises ConfigurationError when this embedder's vectors do not belong into this dataset."""
@@ -214,14 +224,13 @@ class Dataset:
     def committed(self) -> list[int]:
         """Numbers of the live committed shards, in order."""
         while True:
-            retired, placed = self._switched()
-            markers = sorted(self.stored_markers())
-            # A switch in between would show neither side of it.
-            if self._switched() == (retired, placed):
-                break
-        live = [shard for shard in markers if shard not in retired]
-        self._read_markers(live)
-        return [shard for shard in live if shard in placed or not self._require_marker(shard).replaces]
+            switched = retired, placed = self._switched()
+            live = [shard for shard in sorted(self.stored_markers()) if shard not in retired]
+            self._read_markers(live)
+            markers = {shard: marker for shard in live if (marker := self.marker(shard)) is not None}
+            # A switch in between would show neither side of it; a marker that is gone was erased, or put aside.
+            if len(markers) == len(live) and self._switched() == switched:
+                return [shard for shard, marker in markers.items() if shard in placed or not marker.replaces]
 
     def retirements(self) -> list[Retirement]:
         """What was retired so far, in order. Each object is read once: they never change."""
@@ -358,6 +367,13 @@ class Dataset:
                 return rows
             with suppress(ObjectChanged):
                 self.store.swap(layout.ZARR_ARRAY_KEY, raised, expected=current)
+
+    def mend_array(self) -> None:
+        """Write the array's metadata anew: all of it follows from `dataset.json` and the markers."""
+        fresh = create_metadata(self.info)[1]
+        raised = raise_shape(fresh, rows=self._end_of_committed(), name=self._name(layout.ZARR_ARRAY_KEY))
+        current = self.store.read_or_none(layout.ZARR_ARRAY_KEY)
+        self.store.swap(layout.ZARR_ARRAY_KEY, raised or fresh, expected=current)
 
     def unpublished_rows(self) -> int:
         """Rows at the end of the array that its shape does not show yet."""

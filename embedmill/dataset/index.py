@@ -13,13 +13,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from ..documents import KEYLESS_PREFIX, Cursor
 from ..errors import StorageError
 from .passages import ShardOrigin
+
+_Value = TypeVar("_Value")
 
 _SCHEMA_VERSION = 5
 _SCHEMA = """
@@ -46,6 +48,8 @@ CREATE TABLE IF NOT EXISTS rowless (one INTEGER PRIMARY KEY CHECK (one = 1), rea
 _COLUMNS = ("id", "version", "text_hash", "metadata_hash", "deleted", "group")
 INDEXED_COLUMNS = list(_COLUMNS)
 _LOOKUP_BLOCK = 500
+# SQLite does not say which.
+_REMEDY = "see to free space on its disk, and to its permissions"
 # Batches that were given no key have one made of their message's id. It is asked for while the message may still be in the
 # inbox, so those of as many shards, counting the shards that came through the inbox, are enough.
 _KEPT_SHARDS = 1024
@@ -114,16 +118,17 @@ class DatasetIndex:
         """Move rows to the shards that replace theirs, and forget those that are in none; False when somebody did.
 
         old, new: what is left of the documents of each retired shard, and those of its replacements. A place elsewhere stays
-        as it is: that row tries again what failed here.
+        as it is: that row tries again what failed here. What was erased, old or new, has no rows to name: of an old one, all
+        that was not moved is forgotten.
         """
         with self._transaction():
             if self.retirements != number:
                 return False
             for shard, (table, origin) in new.items():
-                keys = list(zip(*_lists(table, ("id", "version")), strict=True))
+                keys = dict(enumerate(zip(*_lists(table, ("id", "version")), strict=True)))
                 self._connection.executemany(
                     "UPDATE passages SET shard = ?, row = ? WHERE id = ? AND version = ? AND shard = ?",
-                    ((shard, row, *keys[row], place[0]) for row, place in origin.carried.items()),
+                    ((shard, row, *keys[row], place[0]) for row, place in origin.carried.items() if row in keys),
                 )
                 self._add_passages(shard, table, pushes=[0] * table.num_rows, over="IGNORE")
             for shard, table in old.items():
@@ -131,6 +136,7 @@ class DatasetIndex:
                     "DELETE FROM passages WHERE id = ? AND version = ? AND shard = ?",
                     ((*key, shard) for key in zip(*_lists(table, ("id", "version")), strict=True)),
                 )
+            self._forget_erased([shard for shard, table in old.items() if not table.num_rows])
             self._connection.executemany(
                 "UPDATE shards SET rows = 0, replaces = 0 WHERE shard = ?", ((shard,) for shard in old)
             )
@@ -282,6 +288,12 @@ class DatasetIndex:
             ((*value, shard, row, pushes[row]) for row, value in enumerate(zip(*_lists(table, _COLUMNS), strict=True))),
         )
 
+    def _forget_erased(self, shards: Sequence[int]) -> None:
+        """Rows of shards that were absorbed before they were erased. It looks at every row, and only where there are any."""
+        absorbed = [s for s in shards if self._execute("SELECT 1 FROM shards WHERE shard = ? AND rows > 0", (s,))]
+        for block in _blocks(absorbed):
+            self._execute(f"DELETE FROM passages WHERE shard IN ({','.join('?' * len(block))})", block)
+
     def _remember_pushes(self, origin: ShardOrigin, *, rows: int) -> list[int]:
         """Note how far each push was read; the number of the push that each row came from (0: none)."""
         pushes = [0] * rows
@@ -313,9 +325,9 @@ class DatasetIndex:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 return self._connect_or_rebuild()
         except OSError as error:
-            raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+            raise StorageError(f"cannot write {self._path}: {error.strerror}; {_REMEDY}") from error
         except sqlite3.DatabaseError as error:
-            raise StorageError(f"cannot open the index {self._path}: {error}") from error
+            raise StorageError(f"cannot open the index {self._path}: {error}; {_REMEDY}") from error
 
     def _connect_or_rebuild(self) -> sqlite3.Connection:
         try:
@@ -372,7 +384,7 @@ class DatasetIndex:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise StorageError(f"cannot use the index {self._path}: {error}") from error
+            raise StorageError(f"cannot use the index {self._path}: {error}; {_REMEDY}") from error
         except sqlite3.DatabaseError as error:
             raise StorageError(
                 f"the index {self._path} is damaged ({error}): delete the folder {self._path.parent} and run the same "
@@ -392,5 +404,5 @@ def _batch_row(key: str, record: int, shard: int) -> tuple[str, int, int, int]:
     return key, record, shard, int(not key.startswith(KEYLESS_PREFIX))
 
 
-def _blocks(ids: Sequence[str]) -> Iterable[list[str]]:
-    return (list(ids[start : start + _LOOKUP_BLOCK]) for start in range(0, len(ids), _LOOKUP_BLOCK))
+def _blocks(values: Sequence[_Value]) -> Iterable[list[_Value]]:
+    return (list(values[start : start + _LOOKUP_BLOCK]) for start in range(0, len(values), _LOOKUP_BLOCK))

@@ -24,10 +24,14 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 class LocalStore:
-    """A folder. Durable by fsync of the file and of its folder; exclusive by hard link."""
+    """A folder. Durable by fsync of the file and of its folder; exclusive by hard link.
+
+    anchor: an object without which nothing is made here any more: a mount that is gone leaves an empty folder in its place.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.anchor: str | None = None
 
     @property
     def url(self) -> str:
@@ -109,7 +113,7 @@ class LocalStore:
     def append(self, key: str, data: bytes, *, durable: bool = False) -> None:
         path = self.path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folders(path.parent)
             descriptor = os.open(_parts_of(path)[-1], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 written = 0
@@ -195,7 +199,7 @@ class LocalStore:
         return removed
 
     def _write_temporary(self, path: Path, parts: Buffer | Sequence[Buffer]) -> Path:
-        _make_folders(path.parent)
+        self._make_folders(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
         buffers = [parts] if isinstance(parts, (bytes, bytearray, memoryview)) else parts
         try:
@@ -208,6 +212,15 @@ class LocalStore:
             temporary.unlink(missing_ok=True)
             raise
         return temporary
+
+    def _make_folders(self, folder: Path) -> None:
+        """Like mkdir -p, and each new folder durable in the one that holds it."""
+        missing = [part for part in (folder, *folder.parents) if not part.exists()]
+        if missing and self.anchor is not None and not self.exists(self.anchor):
+            raise StorageError(f"{self.path(self.anchor)} is gone: was its disk unmounted, or the folder moved away?")
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in missing:
+            _sync_folder(part.parent)
 
     def _publish(self, temporary: Path, path: Path) -> None:
         try:
@@ -224,7 +237,7 @@ class LocalStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.root.mkdir(parents=True, exist_ok=True)
+        self._make_folders(self.root)
         with (self.root / ".lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -233,14 +246,6 @@ class LocalStore:
 def _parts_of(path: Path) -> list[Path]:
     """The files of a log: one, but where the dataset was copied from an object store, which keeps logs in parts."""
     return sorted(part for part in path.iterdir() if part.name.isdecimal()) if path.is_dir() else [path]
-
-
-def _make_folders(folder: Path) -> None:
-    """Like mkdir -p, and each new folder durable in the one that holds it."""
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in missing:
-        _sync_folder(part.parent)
 
 
 def _sync_folder(folder: Path) -> None:

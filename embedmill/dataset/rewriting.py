@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..errors import CorruptStore, ObjectChanged, ObjectExists
 from ..failpoints import failpoint
 from . import layout
-from .dataset import Dataset, describe, now_iso
+from .dataset import DAMAGED_FOLDER, Dataset, describe, now_iso
 from .dead_letters import FailedRow, drop_letters, dropped_places
 from .deciding import newest_decided, status_reader
 from .index import DatasetIndex
@@ -290,8 +290,8 @@ def delete_retired(dataset: Dataset, *, older_than_s: float) -> list[int]:
 
 
 def erase_shard(dataset: Dataset, shard: int) -> None:
-    """Delete what a retired shard stores. Its documents stay, without rows: they say where reading goes on. The marker goes
-    last, so that whoever dies in between has this done again."""
+    """Delete what a retired shard stores, and what repairs took out of it. Its documents stay, without rows: they say where
+    reading goes on. The marker goes last, so that whoever dies in between has this done again."""
     store, key = dataset.store, layout.documents_key(shard)
     store.delete(layout.vectors_key(shard))
     store.delete_folder(layout.vectors_key(shard).rpartition("/")[0])
@@ -307,6 +307,9 @@ def erase_shard(dataset: Dataset, shard: int) -> None:
     for name in store.names(folder):
         store.delete(f"{folder}/{name}")
     store.delete_folder(folder)
+    for stamp in store.names(DAMAGED_FOLDER):
+        for aside in (layout.commit_key(shard), layout.vectors_key(shard)):
+            store.delete(f"{DAMAGED_FOLDER}/{stamp}/{aside}")
     store.delete(layout.commit_key(shard))
     dataset.forget(shard)
 

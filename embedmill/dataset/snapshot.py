@@ -42,6 +42,7 @@ class Snapshot:
 
 def look(dataset: Dataset, *, earlier: Snapshot | None = None) -> Snapshot:
     """What counts now. `earlier`: a snapshot of the same dataset; what is known from it is not read again."""
+    dataset.require_there()
     while True:
         dataset.forget_put_aside()
         # A switch while we look could show us neither the old shards nor the new ones: then we look again.

@@ -14,6 +14,7 @@ from .dataset import Dataset, describe
 from .layout import Marker
 from .passages import ShardOrigin, decode_passages
 from .summary import DatasetSummary, summarize
+from .zarr_metadata import check_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,14 @@ class Problem:
 
 @dataclass(slots=True)
 class DatasetReport:
-    """The result. summary: None when there are problems; set_aside: shards that a repair took out, to be embedded again."""
+    """The result. summary: None when there are problems; set_aside: shards that a repair took out, to be embedded again;
+    mended: objects that it wrote anew."""
 
     summary: DatasetSummary | None = None
     problems: list[Problem] = field(default_factory=list)
     bytes_read: int = 0
     set_aside: list[int] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -48,6 +51,7 @@ class DatasetReport:
             "problems": [asdict(problem) for problem in self.problems],
             "bytes_read": self.bytes_read,
             "set_aside": self.set_aside,
+            "mended": self.mended,
         }
 
 
@@ -159,6 +163,7 @@ def _check_vectors(dataset: Dataset, marker: Marker, report: DatasetReport) -> I
 
 def _check_shape(dataset: Dataset) -> Iterator[Problem]:
     try:
+        check_array(dataset.store.read(layout.ZARR_ARRAY_KEY), dataset.info, url=dataset.url)
         missing = dataset.unpublished_rows()
     except CorruptStore as error:
         yield Problem(layout.ZARR_ARRAY_KEY, str(error))

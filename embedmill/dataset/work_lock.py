@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, StorageError
 from .dataset import Dataset
 from .local_folder import local_folder
 
@@ -22,14 +22,14 @@ _NAME = ".work.lock"
 @contextmanager
 def work_alone(dataset: Dataset) -> Iterator[None]:
     """Hold a dataset for one `run`. Raises ConfigurationError when somebody is at work on it."""
-    with _open(dataset) as file:
+    with open_lock(dataset, _NAME) as file:
         _lock(file, fcntl.LOCK_EX, dataset)
         yield
 
 
 def work_together(dataset: Dataset) -> IO[str]:
     """Hold it beside other workers, until the returned file is closed. Raises ConfigurationError beside a `run`."""
-    file = _open(dataset)
+    file = open_lock(dataset, _NAME)
     try:
         _lock(file, fcntl.LOCK_SH, dataset)
     except BaseException:
@@ -43,8 +43,13 @@ def dataset_folder(dataset: Dataset) -> Path:
     return local_folder(dataset.store, dataset.info.id)
 
 
-def _open(dataset: Dataset) -> IO[str]:
-    return (dataset_folder(dataset) / _NAME).open("a+")
+def open_lock(dataset: Dataset, name: str) -> IO[str]:
+    """A lock file of a dataset on this machine. Raises StorageError."""
+    path = dataset_folder(dataset) / name
+    try:
+        return path.open("a+")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; see to the path and its permissions") from error
 
 
 def _lock(file: IO[str], how: int, dataset: Dataset) -> None:

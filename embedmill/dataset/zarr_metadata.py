@@ -12,7 +12,7 @@ import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
 from ..errors import CorruptStore
-from .layout import DatasetInfo
+from .layout import DATASET_KEY, ZARR_ARRAY_KEY, DatasetInfo
 
 
 def create_metadata(info: DatasetInfo) -> tuple[bytes, bytes]:
@@ -41,6 +41,23 @@ def raise_shape(metadata: bytes, *, rows: int, name: str) -> bytes | None:
     record: dict[str, Any] = json.loads(metadata)
     record["shape"][0] = rows
     return json.dumps(record, indent=2).encode()
+
+
+def check_array(metadata: bytes, info: DatasetInfo, *, url: str) -> None:
+    """Raises CorruptStore when the array's metadata, but for its rows, is not what follows from `dataset.json`: one of both
+    was edited, or something else has written there."""
+    names = f"{url}/{ZARR_ARRAY_KEY} and {url}/{DATASET_KEY}"
+    expected: dict[str, Any] = json.loads(create_metadata(info)[1])
+    rows = shape_of(metadata, name=f"{url}/{ZARR_ARRAY_KEY}")
+    found: dict[str, Any] = json.loads(metadata)
+    expected["shape"][0] = rows
+    fields = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")
+    differing = [field for field in fields if found.get(field) != expected[field]]
+    if differing:
+        raise CorruptStore(
+            f"{names} do not agree in {', '.join(differing)}: one of them was edited or written over; put back the one that "
+            "was there when the dataset was made"
+        )
 
 
 def shape_of(metadata: bytes, *, name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from embedmill.connection import Connection
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.layout import Failure, Job
 from embedmill.dataset.passages import ShardOrigin
+from embedmill.messages import DeadLetter
 from scheduler.budget import Unlimited
 from scheduler.queue import Queue
+from scheduler.reconcile import make_tasks
 from tests.conftest import Command
 from tests.datasets import passage, small_dataset
 from tests.invariants import check_dataset, final_set
@@ -113,6 +116,21 @@ async def test_a_letter_that_is_being_tried_again_is_not_tried_twice(
     assert dataset.admitted() == [0, 1]
     assert (await queue.depth()).open == 1
     check_dataset(dataset.url, at_rest=False)
+
+
+@pytest.mark.parametrize("verb", ["drop", "retry"])
+async def test_the_queue_forgets_a_letter_wherever_its_row_stood(
+    embedmill: Command, dataset: Dataset, server_url: str, queue: Queue, verb: str
+) -> None:
+    """Compaction moves rows, and Redis knows the place where a passage failed."""
+    task = make_tasks(dataset, [0])[0]
+    elsewhere = DeadLetter(dataset.url, "main", "id-5", 1, 40, 2, "poison", "it killed its worker")
+    others = [replace(elsewhere, id=f"other-{n}", row=n) for n in range(3, 503)]
+    newer = replace(elsewhere, version=2, row=600)
+    await queue.finish(task, dead=[elsewhere, newer, *others])
+    assert embedmill("dead", verb, "main", "id-5", "--to", "d", "--redis", server_url).status == 0
+    left = await queue.dead_letters(dataset.info.id, "main")
+    assert left == {letter.key: (letter.id, letter.version) for letter in [newer, *others]}
 
 
 def test_a_dropped_letter_ends_no_command_with_1_and_is_counted_apart(embedmill: Command, dataset: Dataset) -> None:

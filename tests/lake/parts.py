@@ -26,7 +26,7 @@ from worker.embedders.null import hash_vectors
 from worker.results import Increment, ShardResults
 
 WRITERS = 4
-GRACE_S = 5.0
+GRACE_S = 15.0
 _DELETES_EVERY = 7
 
 
@@ -89,7 +89,27 @@ def read(dataset: Dataset, report: Path, is_over: Callable[[], bool]) -> None:
 
 
 def follow(dataset: Dataset, report: Path, is_over: Callable[[], bool]) -> None:
-    """Take what is new until the end; in the end it must be what there is."""
+    """Take what is new until the end; in the end it must be what there is. Who falls behind the grace time begins anew."""
+    anew = 0
+    while True:
+        try:
+            held, given = _held_in_the_end(dataset, is_over)
+        except SnapshotOutdated:
+            anew += 1
+            continue
+        break
+    last = {
+        str(id_): vector.tobytes()
+        for block in open_dataset(dataset.url).blocks()
+        for id_, vector in zip(block.ids, block.vectors, strict=True)
+    }
+    differing = held.keys() ^ last.keys()
+    assert not differing, f"{len(differing)} ids differ: {sorted(differing)[:3]}"
+    assert held == last
+    report.write_text(json.dumps({"given": given, "held": len(held), "anew": anew}))
+
+
+def _held_in_the_end(dataset: Dataset, is_over: Callable[[], bool]) -> tuple[dict[str, bytes], int]:
     held: dict[str, bytes] = {}
     given = 0
     for block in open_dataset(dataset.url).follow(columns=("text",), poll_s=0.1, until=is_over):
@@ -99,16 +119,7 @@ def follow(dataset: Dataset, report: Path, is_over: Callable[[], bool]) -> None:
             held[str(id_)] = vector.tobytes()
         for id_ in block.deleted:
             held.pop(str(id_), None)
-    last = {
-        str(id_): v.tobytes()
-        for block in open_dataset(dataset.url).blocks()
-        for id_, v in zip(block.ids, block.vectors, strict=True)
-    }
-    assert held.keys() == last.keys(), (
-        f"{len(held.keys() ^ last.keys())} ids differ: {sorted(held.keys() ^ last.keys())[:3]}"
-    )
-    assert held == last
-    report.write_text(json.dumps({"given": given, "held": len(held)}))
+    return held, given
 
 
 def keep_compact(dataset: Dataset, report: Path, is_over: Callable[[], bool]) -> None:

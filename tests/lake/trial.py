@@ -33,6 +33,7 @@ class Card:
     rows_read: int
     outdated: int
     rows_followed: int
+    followed_anew: int
     switches: int
     retired: int
     shards_left: int
@@ -42,7 +43,7 @@ class Card:
         return asdict(self)
 
 
-def run_trial(folder: Path, *, items: int, seed: int, kill_every_s: float = 3.0) -> Card:
+def run_trial(folder: Path, *, items: int, seed: int, kill_every_s: float = 1.5) -> Card:
     """Four writers of `items` shards each. Raises AssertionError when anything does not hold."""
     chance = random.Random(seed)
     dataset = small_dataset(folder / "lake", shard_rows=64, chunk_rows=16)
@@ -73,6 +74,7 @@ def run_trial(folder: Path, *, items: int, seed: int, kill_every_s: float = 3.0)
         rows_read=reports["reader"]["rows"],
         outdated=reports["reader"]["outdated"],
         rows_followed=reports["follower"]["given"],
+        followed_anew=reports["follower"]["anew"],
         switches=reports["compactor"].get("switches", 0),
         retired=len(dataset.retired()),
         shards_left=len(dataset.committed()),
@@ -143,6 +145,7 @@ class _Parts:
         said = process.communicate()[1]
         if process.returncode != 0:
             for other in [*self._writers.values(), *self._others.values()]:
-                other.kill()
-                other.communicate()
+                if other is not process:
+                    other.kill()
+                    other.communicate()
         assert process.returncode == 0, f"{name} ended with {process.returncode}: {said[-2000:]}"
