@@ -73,7 +73,9 @@ class Command:
         timeout_s: float = 60,
         largest_file_bytes: int | None = None,
     ) -> Ended:
-        process = self.start(*arguments, stdin=subprocess.PIPE, environment=environment)
+        # Where no file may grow, coverage cannot write its own, and says so.
+        is_covered = largest_file_bytes is None
+        process = self.start(*arguments, stdin=subprocess.PIPE, environment=environment, is_covered=is_covered)
         if largest_file_bytes is not None:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest_file_bytes, resource.RLIM_INFINITY))
         return finish(process, stdin=stdin or b"", timeout_s=timeout_s)
@@ -83,10 +85,10 @@ class Command:
         *arguments: str | Path,
         stdin: int = subprocess.DEVNULL,
         environment: Mapping[str, str] | None = None,
+        is_covered: bool = True,
     ) -> subprocess.Popen[bytes]:
-        kept = {
-            name: os.environ[name] for name in ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG") if name in os.environ
-        }
+        names = ("PATH", "HOME", "LANG", *(["COVERAGE_PROCESS_CONFIG"] if is_covered else []))
+        kept = {name: os.environ[name] for name in names if name in os.environ}
         ours = {"TMPDIR": str(self.temporary), "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TESTED_BY": self.token}
         return subprocess.Popen(
             [sys.executable, "-m", "embedmill", *map(str, arguments)],

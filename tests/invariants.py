@@ -84,13 +84,19 @@ def final_set(url: str | Path) -> FinalSet:
     return found
 
 
+def living(rows: FinalSet) -> FinalSet:
+    """The deciding version of each id that is not deleted; failures and cancelled rows beside it."""
+    last: dict[str, int] = {}
+    for (id_, version), row in rows.items():
+        if row.status in ("embedded", "deleted"):
+            last[id_] = max(version, last.get(id_, 0))
+    return {key: row for key, row in rows.items() if key[1] >= last.get(key[0], 0) and row.status != "deleted"}
+
+
 def newest(url: str | Path) -> dict[str, tuple[int, str | None, bytes]]:
-    """What a reader by the rules sees: the deciding version of each id that is not deleted."""
-    best: dict[str, tuple[int, str | None, str, bytes]] = {}
-    for (id_, version), row in final_set(url).items():
-        if row.status in ("embedded", "deleted") and version > best.get(id_, (0,))[0]:
-            best[id_] = (version, row.text, row.status, row.vector)
-    return {id_: (v, text, vector) for id_, (v, text, status, vector) in best.items() if status == "embedded"}
+    """What a reader by the rules sees: version, text and vector of each id."""
+    rows = living(final_set(url))
+    return {id_: (version, row.text, row.vector) for (id_, version), row in rows.items() if row.status == "embedded"}
 
 
 def assert_same_set(ours: FinalSet, expected: FinalSet) -> None:

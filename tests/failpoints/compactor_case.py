@@ -6,7 +6,7 @@ from anyio import to_thread
 
 from embedmill.dataset.dataset import Dataset
 from embedmill.dataset.verification import verify_dataset
-from tests.invariants import FinalSet, check_dataset, final_set
+from tests.invariants import check_dataset, final_set, living
 from tests.shard_log import ShardLog
 
 from .parts import REFUSED, Place
@@ -60,16 +60,7 @@ def _check(place: Place, log: ShardLog) -> None:
     dataset.publish_shape()
     check_dataset(place.dataset, source=log.source)
     assert verify_dataset(dataset).passed
-    found = {id_: row.text for (id_, _), row in _living(final_set(place.dataset)).items()}
+    found = {id_: row.text for (id_, _), row in living(final_set(place.dataset)).items() if row.status == "embedded"}
     assert found == log.source, f"{found} is there, and {log.source} was written"
     stored = {path.parent.name for path in place.dataset.glob("vectors.zarr/vectors/c/*/0")}
     assert stored <= {str(shard) for shard in dataset.committed()}, f"vectors of {stored} are stored"
-
-
-def _living(rows: FinalSet) -> FinalSet:
-    """The deciding version of each id that is not deleted."""
-    last: dict[str, int] = {}
-    for (id_, version), row in rows.items():
-        if row.status in ("embedded", "deleted"):
-            last[id_] = max(version, last.get(id_, 0))
-    return {key: row for key, row in rows.items() if last.get(key[0]) == key[1] and row.status == "embedded"}

@@ -232,7 +232,7 @@ async def test_whatever_the_provider_answers_only_good_vectors_are_stored_and_no
         assert np.array_equal(stored[row], pretend_vector(texts[id_], model="jina-embeddings-v3", dimensions=8))
 
 
-@pytest.mark.parametrize("retry_after", [None, 0.05], ids=["no Retry-After", "Retry-After"])
+@pytest.mark.parametrize("retry_after", [None, 0.5], ids=["no Retry-After", "Retry-After"])
 @pytest.mark.parametrize(
     ("kind", "limit"),
     [("request_429", "requests"), ("token_429", "tokens"), ("concurrency_429", "concurrency"), ("ip_429", "address")],
@@ -246,7 +246,7 @@ async def test_every_kind_of_429_is_told_apart_and_closes_the_key_for_the_fleet(
     async with serve_rehearsal(behaviour) as (api_base, _):
         embedder = JinaEmbedder("jina/jina-embeddings-v3", key="jina_x", api_base=api_base)
         events: list[Attempt] = []
-        with anyio.move_on_after(0.04), anyio.CancelScope() as scope:
+        with anyio.fail_after(10), anyio.CancelScope() as scope:
 
             def end(attempt: Attempt) -> None:
                 events.append(attempt)

@@ -135,14 +135,14 @@ def test_reading_goes_on_with_the_range_behind_the_cursor_and_holds_one_range(
     from embedmill.sources import files
 
     asked: list[tuple[int, int]] = []
-    get = files._ObjectBytes._get
+    get = files.ObjectFile._get
 
-    def note(self: files._ObjectBytes, start: int, end: int) -> memoryview:
+    def note(self: files.ObjectFile, start: int, end: int) -> memoryview:
         asked.append((start, end))
         return get(self, start, end)
 
     monkeypatch.setattr(files, "RANGE_BYTES", 10_000)
-    monkeypatch.setattr(files._ObjectBytes, "_get", note)
+    monkeypatch.setattr(files.ObjectFile, "_get", note)
     source = open_source(bucket.put("ranges.jsonl", JSONL), rules=RULES)
     cursor = list(islice(source.read(), 15))[-1].cursor
     asked.clear()

@@ -33,7 +33,7 @@ from scheduler.inbox import InboxAdmission
 from scheduler.intake import Intake
 from scheduler.queue import Queue
 from scheduler.service import run_scheduler
-from tests.invariants import FinalSet, assert_same_set, check_dataset, final_set
+from tests.invariants import FinalSet, assert_same_set, check_dataset, final_set, living
 from worker.embedders.null import NullEmbedder
 from worker.service import Worker
 
@@ -184,7 +184,8 @@ class System:
             }
             check_dataset(self.root, source=newest)
             if not self.calm:
-                assert_same_set(final_set(self.root), calm_set())
+                # A scheduler may have compacted what a later version overrules.
+                assert_same_set(living(final_set(self.root)), living(calm_set()))
         finally:
             self._bury()
             logging.disable(silent)
