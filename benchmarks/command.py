@@ -51,7 +51,8 @@ class Watch:
     def look(self) -> None:
         self.own_peak_kb = max(self.own_peak_kb, _peak_kb(self.pid))
         for child in _descendants(self.pid):
-            self.child_peaks_kb[child] = max(self.child_peaks_kb.get(child, 0), _peak_kb(child))
+            # The kernel keeps the peak, and begins anew when a fork becomes another program: until then it is its parent's.
+            self.child_peaks_kb[child] = _peak_kb(child) or self.child_peaks_kb.get(child, 0)
             self.child_cpu_s[child] = max(self.child_cpu_s.get(child, 0.0), _cpu_s(child))
 
 
