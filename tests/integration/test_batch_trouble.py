@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -346,19 +346,24 @@ def test_each_refusal_in_a_row_is_waited_out_twice_as_long_unless_it_came_of_the
     assert pace.delay_s("k") == 0
 
 
-@pytest.mark.parametrize("keeps", [1, 10**6])
-async def test_lines_that_come_late_cost_no_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: int
-) -> None:
-    counted = list[bool]()
+@pytest.fixture
+def put_off(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each time that a shard was put off, whether that counted as an attempt."""
+    times = list[bool]()
     retry = Queue.retry
 
     async def noted(queue: Queue, lease: Any, *, delay_s: float, counted: bool = True) -> bool:
-        counts(counted)
+        times.append(counted)
         return await retry(queue, lease, delay_s=delay_s, counted=counted)
 
-    counts: Callable[[bool], None] = counted.append
     monkeypatch.setattr(Queue, "retry", noted)
+    return times
+
+
+@pytest.mark.parametrize("keeps", [1, 10**6])
+async def test_lines_that_come_late_cost_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_off: list[bool], keeps: int
+) -> None:
     asked = 0
     output = BatchDesk.output
 
@@ -373,22 +378,15 @@ async def test_lines_that_come_late_cost_no_attempt(
         on.admit(texts_of(0))
         await on.work()
         on.check()
-        assert True not in counted
+        assert set(put_off) == {False}
         assert on.states == {"completed": 1}
         # Those that do not come are asked for in another way.
         assert (on.billed_again > 20) is (keeps > 1)
 
 
-async def test_an_output_that_breaks_off_costs_no_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = list[bool]()
-    retry = Queue.retry
-
-    async def noted(queue: Queue, lease: Any, *, delay_s: float, counted: bool = True) -> bool:
-        counts(counted)
-        return await retry(queue, lease, delay_s=delay_s, counted=counted)
-
-    counts: Callable[[bool], None] = counted.append
-    monkeypatch.setattr(Queue, "retry", noted)
+async def test_an_output_that_breaks_off_costs_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_off: list[bool]
+) -> None:
     tries = 0
     output = JinaBatches.output
 
@@ -407,4 +405,4 @@ async def test_an_output_that_breaks_off_costs_no_attempt(tmp_path: Path, monkey
         await on.work()
         on.check()
         assert tries > 6
-        assert True not in counted
+        assert set(put_off) == {False}
