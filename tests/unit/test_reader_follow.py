@@ -25,11 +25,6 @@ Told = tuple[int, list[str], tuple[str, ...]]
 """(shard, ids, deleted ids)."""
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Made:
-    return made_dataset(tmp_path / "d")
-
-
 def follower_of(made: Made, seen: Snapshot | None = None) -> Follower:
     return Follower(Dataset.open(made.url), ("id", "text"), seen)
 
